@@ -1,0 +1,71 @@
+"""Turn one recorded step back into an ordinary safetensors checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capture.store import plain
+from capture.store.errors import UsageError
+from capture.store.files import write_durably
+from capture.store.frozen import read_frozen
+from capture.store.layout import WEIGHTS
+from capture.store.reader import Run, open_run
+from capture.store.shard import ShardLayout
+
+_STORED_AS = {"F32": "<f4", "F64": "<f8", "F16": "<f2"}
+
+
+def export_state_dict(
+    path: str | os.PathLike[str], step: int, out: str | os.PathLike[str]
+) -> list[str]:
+    """Write the model's whole `state_dict` at `step` as a plain safetensors file.
+
+    Every tensor has its true dtype; frozen tensors are included and no reserved name is. Tied
+    tensors stand once, with ``alias: name`` in the file's metadata, as
+    `safetensors.torch.save_model` writes them and `load_model` (strict) reads them.
+    Returns the names written. `UnknownNameError` where the step is not recorded, `DamagedError`
+    where its bytes are not as committed, `UsageError` where `out` cannot be written.
+    """
+    run, target = open_run(path), Path(out)
+    if target.is_dir() or not target.parent.is_dir():
+        raise UsageError("no file can be written here", where=target, fix="name another file")
+    tensors = _raw_tensors(run, step)
+    table = run.table
+    wanted = (*table.parameters, *table.buffers, *table.frozen)
+    data = plain.build(
+        [(tensor, tensors[tensor.name]) for tensor in wanted], {"format": "pt", **table.aliases}
+    )
+    write_durably(target, data, target.parent)
+    return [tensor.name for tensor in wanted]
+
+
+def _raw_tensors(run: Run, step: int) -> dict[str, bytes]:
+    """Raw bytes of every tensor in its true dtype, by name."""
+    weights = run.stream(WEIGHTS)
+    row = weights.row_of(step)
+    values = weights.read(row)
+    offsets = run.table.offsets
+    tensors = {
+        tensor.name: narrow(values[start:stop], tensor.dtype)
+        for tensor, start, stop in zip(run.table.parameters, offsets, offsets[1:], strict=False)
+    }
+    layout = ShardLayout(WEIGHTS, run.table)
+    with weights.open(row) as shard:
+        shard.verify_rest()
+        for name, (start, stop) in layout.buffer_bounds.items():
+            shift = shard.data_start - layout.data_start
+            tensors[name] = shard.raw(start + shift, stop + shift)
+    return {**tensors, **read_frozen(run)}
+
+
+def narrow(values: NDArray[Any], dtype: str) -> bytes:
+    """Turn widened values back into their true dtype, exactly; NaN keeps being NaN."""
+    if dtype == "BF16":
+        # A widened bfloat16 has zeros in the lower half of each float32.
+        return (values.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
+    return np.ascontiguousarray(values, dtype=_STORED_AS[dtype]).tobytes()

@@ -1,0 +1,166 @@
+"""Durable writes and confined reads: what the store asks of a local file system."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from capture.store.errors import DamagedError, LockedError, WriteError
+
+_REASONS = {
+    errno.ENOSPC: ("the disk is full", "free space, then continue with --resume"),
+    errno.EDQUOT: ("the disk quota is used up", "free space, then continue with --resume"),
+    errno.EFBIG: ("the file would be larger than this file system or limit allows", "raise it"),
+    errno.EROFS: ("the file system is read-only", "choose another place"),
+    errno.EACCES: ("no permission to write", "choose another place or mend the permissions"),
+    errno.EPERM: ("no permission to write", "choose another place or mend the permissions"),
+    errno.ENOTDIR: ("a part of the path is a file", "choose another place"),
+    errno.EIO: ("the disk reported an error", "check the disk"),
+}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into a `WriteError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        reason, fix = _REASONS.get(error.errno or 0, (str(error), "see the system's message"))
+        raise WriteError(f"cannot write, {reason}", where=path, fix=fix) from error
+
+
+def write_durably(path: Path, data: Any, scratch: Path) -> None:
+    """Write a whole file so that after a crash it is there in full or not at all.
+
+    A temporary file in `scratch` (same file system), fsync, rename, fsync of the folder.
+    """
+    temporary = scratch / f"{path.name}.{os.getpid()}.tmp"
+    with writing(path):
+        try:
+            with open(temporary, "wb", buffering=0) as file:
+                write_all(file.fileno(), memoryview(data).cast("B"))
+                os.fsync(file.fileno())
+            os.rename(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def write_all(descriptor: int, view: memoryview) -> None:
+    """Write every byte, also where the system takes only a part of them at once."""
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folders(folder: Path, root: Path) -> None:
+    """Create `folder` and what is missing between it and `root`, durably."""
+    missing = []
+    while folder != root and not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    with writing(folder):
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a whole folder, if it is there."""
+    with writing(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, document: Any, scratch: Path) -> None:
+    """Write a JSON document durably."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    write_durably(path, text.encode() + b"\n", scratch)
+
+
+def open_confined(root: Path, relative: str) -> int:
+    """Open a regular file below `root` for reading and return its descriptor.
+
+    No component below `root` may be a symbolic link, so a hostile store cannot lead elsewhere.
+    `DamagedError` where the file is missing, a folder, a link, or no regular file.
+    """
+    *folders, name = relative.split("/")
+    opened: list[int] = []
+    try:
+        current = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        opened.append(current)
+        for folder in folders:
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+            current = os.open(folder, flags, dir_fd=current)
+            opened.append(current)
+        # O_NONBLOCK: a named pipe in a shard's place must not hang the reader.
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=current)
+    except OSError as error:
+        raise DamagedError(_why_not_opened(error), where=root / relative) from error
+    finally:
+        for folder_descriptor in opened:
+            os.close(folder_descriptor)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamagedError("not a regular file", where=root / relative)
+    return descriptor
+
+
+def read_confined(root: Path, relative: str) -> bytes:
+    """Read a whole regular file below `root`; see `open_confined`."""
+    descriptor = open_confined(root, relative)
+    with open(descriptor, "rb") as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise DamagedError(f"cannot be read ({error})", where=root / relative) from error
+
+
+def _why_not_opened(error: OSError) -> str:
+    if error.errno == errno.ENOENT:
+        return "the file is missing"
+    if error.errno in (errno.ELOOP, errno.ENOTDIR):
+        return "a symbolic link or a file stands where the store has none"
+    return f"cannot be opened ({error.strerror})"
+
+
+class Lock:
+    """The one-writer lock of a run: `flock` on a file, given back when the process ends."""
+
+    def __init__(self, path: Path) -> None:
+        with writing(path):
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._descriptor)
+            raise LockedError(
+                "another process is writing this run",
+                where=path,
+                fix="wait for it to end, or choose another --out",
+            ) from error
+
+    def release(self) -> None:
+        """Give the lock back; releasing twice is harmless."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

@@ -1,0 +1,319 @@
+"""The reader of a run: what was committed, mapped from disk, verified when it is used."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from crc32c import crc32c
+from numpy.typing import NDArray
+
+from capture.store import log
+from capture.store.arrays import read_document, read_small
+from capture.store.attributes import read_attributes
+from capture.store.errors import DamagedError, StraightwayError, UnfinishedError, UnknownNameError
+from capture.store.files import open_confined, read_confined
+from capture.store.layout import (
+    COMMIT_LOG,
+    METADATA,
+    PRIVATE_FOLDER,
+    SCALARS,
+    WEIGHTS,
+    ChunkGrid,
+    shard_key,
+    stream_folder,
+    value_document,
+)
+from capture.store.shard import rest_checksum
+from capture.store.tensors import TensorTable
+
+_REMEDY = "restore the file from a copy of the run, or record the run again"
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """Open a run for reading.
+
+    `NotARunError` where there is none, `DamagedError` where its metadata do not add up.
+    """
+    return Run(Path(path))
+
+
+class Run:
+    """A recorded run. Rows are those that the commit logs list, nothing else."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.resolve().name
+        self.attributes: dict[str, Any] = read_attributes(path)
+        self.table = TensorTable.from_json(self.attributes["tensors"])
+        self.status = str(self.attributes["status"])
+        self._open_streams: dict[str, Stream] = {}
+        streams = self.attributes["streams"]
+        if not isinstance(streams, dict) or WEIGHTS not in streams or not _names_are_plain(streams):
+            raise DamagedError("the list of streams is damaged", where=path / METADATA, fix=_REMEDY)
+        self._batches: dict[str, int | None] = streams
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run came to its end and `w_T` was saved."""
+        return self.status == "complete"
+
+    @property
+    def final_step(self) -> int | None:
+        """T, the number of updates applied; `None` while the run is not complete."""
+        step = self.attributes["final_step"]
+        return None if step is None else int(step)
+
+    @property
+    def streams(self) -> dict[str, Stream]:
+        """Every stream of the run by name, `weights` first."""
+        names = [WEIGHTS, *sorted(name for name in self._batches if name != WEIGHTS)]
+        return {name: self.stream(name) for name in names}
+
+    @property
+    def stream_names(self) -> list[str]:
+        """Names of the streams, `weights` first; opens none of them."""
+        return [WEIGHTS, *sorted(name for name in self._batches if name != WEIGHTS)]
+
+    def stream(self, name: str) -> Stream:
+        """Open one stream; `UnknownNameError` names those that there are."""
+        if name not in self._batches:
+            raise UnknownNameError(
+                f"the run has no stream {name!r}",
+                where=self.path,
+                fix=f"it has {', '.join(self.stream_names)}",
+            )
+        if name not in self._open_streams:
+            self._open_streams[name] = Stream(self, name, self._batches[name])
+        return self._open_streams[name]
+
+    def final_row(self) -> int:
+        """Row of `w_T` in `weights`; `UnfinishedError` where the run has not come to its end."""
+        if not self.complete:
+            raise UnfinishedError(
+                "the run has not finished, so it has no final iterate",
+                where=self.path,
+                fix="finish it with --resume, or use --reference step:N",
+            )
+        weights = self.stream(WEIGHTS)
+        row = len(weights.steps) - 1
+        if row < 0 or weights.steps[row] != self.final_step:
+            raise DamagedError(
+                f"the run is complete at step {self.final_step}, but its last weights are not "
+                "of that step",
+                where=self.path,
+                fix=_REMEDY,
+            )
+        return row
+
+    def scalar_names(self) -> list[str]:
+        """Names of the every-step scalars."""
+        if self.complete:
+            return sorted(self.attributes.get("digests", {}).get("scalars", {}))
+        folder = self.path / SCALARS
+        return sorted(path.name for path in folder.iterdir() if (path / METADATA).exists())
+
+    def scalar(self, name: str) -> NDArray[np.float64]:
+        """Read one every-step scalar, float64 ``[S]`` or ``[S, columns]``; row t is update t.
+
+        `UnknownNameError` where there is none of this name, `DamagedError` where a chunk is
+        missing, changed, or not the one that the finished run wrote.
+        """
+        if name not in self.scalar_names():
+            raise UnknownNameError(
+                f"the run has no scalar {name!r}",
+                where=self.path,
+                fix=f"it has {', '.join(self.scalar_names()) or 'none'}",
+            )
+        values: NDArray[np.float64] = read_small(self.path, f"{SCALARS}/{name}")
+        if self.complete:
+            expected = self.attributes["digests"]["scalars"][name]
+            if f"{crc32c(values.tobytes()):08x}" != expected:
+                raise DamagedError(
+                    f"the scalar {name!r} is not what the finished run wrote",
+                    where=self.path / SCALARS / name,
+                    fix=_REMEDY,
+                )
+        return values
+
+
+class Stream:
+    """One stream of a run: `weights`, `updates`, or a stream of gradients.
+
+    `steps` is int64 ``[T]``, `epochs` float64 ``[T]`` (NaN where unknown), `batches` is B or
+    `None`. Row r of step t in `weights` is `w_t`; a gradient of step t was taken at `w_t`;
+    an update of step t is `w_{t+1} - w_t`.
+    """
+
+    def __init__(self, run: Run, name: str, batches: int | None) -> None:
+        self.run = run
+        self.name = name
+        self.batches = batches
+        self.dtype = run.table.value_dtype
+        self.grid = ChunkGrid(run.table.num_parameters, self.dtype.itemsize)
+        self._relative = f"{stream_folder(name)}/value"
+        private = f"{self._relative}/{PRIVATE_FOLDER}/{COMMIT_LOG}"
+        self.log_path = run.path / private
+        commits, _ = log.decode(read_confined(run.path, private), self.log_path)
+        self._check_log(commits)
+        self.commits = commits
+        self._by_key = {(commit.row, commit.batch): commit for commit in commits}
+        rows = len(commits) // (batches or 1)
+        first = [commits[row * (batches or 1)] for row in range(rows)]
+        self.steps: NDArray[np.int64] = np.array([commit.step for commit in first], dtype=np.int64)
+        self.epochs: NDArray[np.float64] = np.array(
+            [np.nan if commit.epoch is None else commit.epoch for commit in first], dtype=np.float64
+        )
+        self._check_metadata()
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @cached_property
+    def _rows_by_step(self) -> dict[int, int]:
+        return {int(step): row for row, step in enumerate(self.steps)}
+
+    def row_of(self, step: int) -> int:
+        """Row of a step; `UnknownNameError` names the nearest recorded steps."""
+        row = self._rows_by_step.get(step)
+        if row is None:
+            nearest = sorted(self._rows_by_step, key=lambda known: (abs(known - step), known))[:2]
+            known = " and ".join(str(step) for step in sorted(nearest))
+            raise UnknownNameError(
+                f"step {step} is not recorded in {self.name!r}",
+                where=self.run.path,
+                fix=f"the nearest recorded are {known}" if known else "no step is recorded yet",
+            )
+        return row
+
+    def open(self, row: int, batch: int | None = None) -> MappedShard:
+        """Map one shard; use it in a `with` statement.
+
+        `DamagedError` where the file is missing, no regular file, or not of its committed size.
+        """
+        commit = self._by_key[row, batch]
+        return MappedShard(self, commit, f"{self._relative}/{shard_key(row, batch)}")
+
+    def read(self, row: int, batch: int | None = None) -> NDArray[Any]:
+        """Read one row in full, every byte verified: value dtype ``[D]``, a copy."""
+        with self.open(row, batch) as shard:
+            shard.verify_rest()
+            out = np.empty(self.grid.num_elements, self.dtype)
+            for chunk in range(self.grid.num_chunks):
+                start, stop = self.grid.bounds(chunk)
+                out[start:stop] = shard.chunk(chunk)
+                shard.verify_chunk(chunk)
+            return out
+
+    def _check_log(self, commits: list[log.Commit]) -> None:
+        """Rows must count up without a hole, and a finished run must have all of them."""
+        per_row = self.batches or 1
+        for number, commit in enumerate(commits):
+            batch = None if self.batches is None else number % per_row
+            before = commits[number - per_row].step if number >= per_row else -1
+            sound = (commit.row, commit.batch) == (number // per_row, batch)
+            if not sound or len(commit.chunks) != self.grid.num_chunks or commit.step <= before:
+                raise DamagedError(
+                    f"line {number + 1} of the commit log does not follow from those before it",
+                    where=self.log_path,
+                    fix=_REMEDY,
+                )
+        rows = self.run.attributes.get("digests", {}).get("rows", {})
+        if self.run.complete and len(commits) != rows.get(self.name):
+            raise DamagedError(
+                f"the commit log lists {len(commits)} shards of {self.name!r}, the finished run "
+                f"has {rows.get(self.name)}",
+                where=self.log_path,
+                fix=_REMEDY,
+            )
+
+    def _check_metadata(self) -> None:
+        """The shape may lag behind the log of a running run; all else must be as we write it."""
+        relative = f"{self._relative}/{METADATA}"
+        document = read_document(self.run.path, relative)
+        shape = document.get("shape") or [0]
+        expected = value_document(shape[0], self.batches, self.grid, self.dtype)
+        rows_agree = not self.run.complete or shape[0] == len(self)
+        if document != expected or not rows_agree:
+            raise DamagedError(
+                "the array's metadata are not those of this run",
+                where=self.run.path / relative,
+                fix=_REMEDY,
+            )
+
+
+class MappedShard:
+    """One shard, mapped read-only. Nothing is verified until a `verify_…` method is called."""
+
+    def __init__(self, stream: Stream, commit: log.Commit, relative: str) -> None:
+        self.stream = stream
+        self.commit = commit
+        self.path = stream.run.path / relative
+        self._grid = stream.grid
+        descriptor = open_confined(stream.run.path, relative)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size != commit.size:
+                raise self._damaged(f"the file has {size} bytes, {commit.size} were committed")
+            self._map = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+        self.data_start = 8 + int.from_bytes(self._map[:8], "little")
+        if self.data_start + self._grid.num_chunks * self._grid.chunk_bytes > size:
+            self.close()
+            raise self._damaged("the header is damaged")
+
+    def __enter__(self) -> MappedShard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def chunk(self, chunk: int) -> NDArray[Any]:
+        """View one inner chunk without copying: value dtype ``[C]``, the last one clipped to D."""
+        start, stop = self._grid.bounds(chunk)
+        offset = self.data_start + chunk * self._grid.chunk_bytes
+        return np.frombuffer(self._map, self.stream.dtype, stop - start, offset)
+
+    def verify_chunk(self, chunk: int) -> None:
+        """Compare one inner chunk with its committed checksum; `DamagedError` where it differs."""
+        start = self.data_start + chunk * self._grid.chunk_bytes
+        with memoryview(self._map) as view, view[start : start + self._grid.chunk_bytes] as part:
+            if crc32c(part) != int(self.commit.chunks[chunk], 16):
+                raise self._damaged(f"inner chunk {chunk} does not match its committed checksum")
+
+    def verify_rest(self) -> None:
+        """Compare header, buffers and index with their checksum; `DamagedError` on difference."""
+        with memoryview(self._map) as view:
+            if rest_checksum(view, self.data_start, self._grid) != self.commit.rest:
+                raise self._damaged(
+                    "header, buffers or index do not match their committed checksum"
+                )
+
+    def raw(self, start: int, stop: int) -> bytes:
+        """Copy the bytes of the file from `start` to `stop`."""
+        return self._map[start:stop]
+
+    def close(self) -> None:
+        """Unmap the file; views that are still in use keep the pages until they are gone."""
+        # While views on it are alive, the mapping stays: it goes with the last of them.
+        with suppress(BufferError):
+            self._map.close()
+
+    def _damaged(self, what: str) -> StraightwayError:
+        batch = "" if self.commit.batch is None else f", batch {self.commit.batch}"
+        row = f"row {self.commit.row}{batch} (step {self.commit.step}) of {self.stream.name!r}"
+        return DamagedError(f"{row}: {what}", where=self.path, fix=_REMEDY)
+
+
+def _names_are_plain(streams: dict[str, Any]) -> bool:
+    """A stream's name becomes a folder, so it must not lead anywhere else."""
+    return all(
+        name.replace("-", "").replace("_", "").isalnum() and (batches is None or batches > 0)
+        for name, batches in streams.items()
+    )

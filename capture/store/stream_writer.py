@@ -1,0 +1,161 @@
+"""The writing side of one stream: its shards, its log, its shape and coordinates."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from capture.store import log
+from capture.store.arrays import SmallArray
+from capture.store.files import (
+    make_folders,
+    read_confined,
+    remove,
+    sync_folder,
+    write_all,
+    write_durably,
+    write_json,
+    writing,
+)
+from capture.store.layout import (
+    COMMIT_LOG,
+    METADATA,
+    PRIVATE_FOLDER,
+    shard_key,
+    stream_folder,
+    value_document,
+)
+from capture.store.shard import ShardLayout, Staging
+
+_FLOAT64: np.dtype[Any] = np.dtype("<f8")
+_INT64: np.dtype[Any] = np.dtype("<i8")
+
+
+class StreamWriter:
+    """Commits the shards of one stream and keeps its log, shape and coordinates."""
+
+    def __init__(self, root: Path, scratch: Path, layout: ShardLayout) -> None:
+        self.layout = layout
+        self.commits: list[log.Commit] = []
+        self._root = root
+        self._scratch = scratch
+        self._relative = stream_folder(layout.stream)
+        self._value = root / self._relative / "value"
+        self._private = self._value / PRIVATE_FOLDER
+        self._log = self._private / COMMIT_LOG
+        self._shape_rows = -1
+        self._steps = SmallArray(root, f"{self._relative}/step", _INT64, ["step"])
+        self._epochs = SmallArray(root, f"{self._relative}/epoch", _FLOAT64, ["step"])
+
+    def start(self) -> None:
+        """Create the empty array with its empty log."""
+        make_folders(self._private, self._root)
+        write_durably(self._log, b"", self._scratch)
+        self.flush()
+        if self.layout.batches is not None:
+            batches = SmallArray(self._root, f"{self._relative}/batch", _INT64, ["batch"])
+            for batch in range(self.layout.batches):
+                batches.append(batch, self._scratch)
+            batches.flush(self._scratch)
+
+    def recover(self) -> None:
+        """Read the log; cut a torn last line off it and remove what no line speaks of."""
+        relative = f"{self._relative}/value/{PRIVATE_FOLDER}/{COMMIT_LOG}"
+        data = read_confined(self._root, relative)
+        self.commits, sound = log.decode(data, self._log)
+        if sound < len(data):
+            write_durably(self._log, data[:sound], self._scratch)
+        self._restore_coordinates()
+
+    def commit(self, staging: Staging, step: int, epoch: float | None, batch: int | None) -> int:
+        """Write one shard, then its line; return the size of the shard in bytes."""
+        row = self._row_for(step)
+        chunks, rest = staging.seal(step, batch)
+        path = self._value / shard_key(row, batch)
+        make_folders(path.parent, self._root)
+        write_durably(path, staging.image, self._scratch)
+        commit = log.Commit(row, batch, step, epoch, self.layout.size, rest, tuple(chunks))
+        self._append(log.encode(commit))
+        self.commits.append(commit)
+        self._append_coordinates()
+        return self.layout.size
+
+    def flush(self) -> None:
+        """Write the coordinates first, then the shape that makes them count."""
+        self._steps.flush(self._scratch)
+        self._epochs.flush(self._scratch)
+        self._write_shape()
+
+    def truncate(self, step: int) -> None:
+        """Keep the commits before `step`; the log is rewritten first, then shards removed."""
+        kept = [commit for commit in self.commits if commit.step < step]
+        if len(kept) < len(self.commits):
+            write_durably(self._log, b"".join(map(log.encode, kept)), self._scratch)
+            self.commits = kept
+        self._restore_coordinates()
+
+    def _row_for(self, step: int) -> int:
+        last = self.commits[-1] if self.commits else None
+        if last is None:
+            return 0
+        return last.row if last.step == step and self.layout.batches else last.row + 1
+
+    @property
+    def _rows(self) -> int:
+        """Rows of which every batch is committed."""
+        return len(self.commits) // (self.layout.batches or 1)
+
+    def _append(self, line: bytes) -> None:
+        with writing(self._log):
+            flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
+            descriptor = os.open(self._log, flags)
+            try:
+                before = os.fstat(descriptor).st_size
+                try:
+                    write_all(descriptor, memoryview(line))
+                    os.fsync(descriptor)
+                except BaseException:
+                    # Half a line in the middle of a log would make the rest of it unreadable.
+                    os.ftruncate(descriptor, before)
+                    raise
+            finally:
+                os.close(descriptor)
+
+    def _append_coordinates(self) -> None:
+        while len(self._steps) < self._rows:
+            first = self.commits[len(self._steps) * (self.layout.batches or 1)]
+            self._steps.append(first.step, self._scratch)
+            epoch = np.nan if first.epoch is None else first.epoch
+            self._epochs.append(epoch, self._scratch)
+
+    def _restore_coordinates(self) -> None:
+        """Rebuild coordinates and shape from the log, and remove shards that it does not list."""
+        for array in ("step", "epoch"):
+            remove(self._root / self._relative / array / "c")
+        self._steps = SmallArray(self._root, f"{self._relative}/step", _INT64, ["step"])
+        self._epochs = SmallArray(self._root, f"{self._relative}/epoch", _FLOAT64, ["step"])
+        self._append_coordinates()
+        self._shape_rows = -1
+        self.flush()
+        for leftover in self._private.glob("*.tmp"):
+            remove(leftover)
+        listed = {shard_key(commit.row, commit.batch) for commit in self.commits}
+        for path in sorted(self._value.glob("c/*/**/0"), reverse=True):
+            if path.is_file() and path.relative_to(self._value).as_posix() not in listed:
+                remove(path)
+        for folder in self._value.glob("c/*"):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        if (self._value / "c").is_dir():
+            sync_folder(self._value / "c")
+
+    def _write_shape(self) -> None:
+        if self._shape_rows == self._rows:
+            return
+        layout = self.layout
+        document = value_document(self._rows, layout.batches, layout.grid, layout.dtype)
+        write_json(self._value / METADATA, document, self._scratch)
+        self._shape_rows = self._rows

@@ -1,0 +1,235 @@
+"""The writer of a run: create or reopen it, commit shards and scalars, finish it.
+
+A commit is: temporary file, fsync, rename, fsync of the folder, then one line in the stream's log,
+fsynced. Array shapes and coordinates follow the log, at most once a second and at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capture.store.attributes import read_attributes, refuse_taken
+from capture.store.errors import MismatchError
+from capture.store.files import Lock, make_folders, remove, write_json, writing
+from capture.store.frozen import write_frozen
+from capture.store.layout import (
+    ATTRIBUTES_KEY,
+    FORMAT_VERSION,
+    LOCK,
+    METADATA,
+    PRIVATE_FOLDER,
+    SCALARS,
+    WEIGHTS,
+    group_document,
+    stream_folder,
+)
+from capture.store.scalars import ScalarsWriter
+from capture.store.shard import ShardLayout, Staging
+from capture.store.stream_writer import StreamWriter
+from capture.store.tensors import TensorTable
+
+FLUSH_SECONDS = 1.0
+
+
+class RunWriter:
+    """The one writer of a run store; holds the run's lock until `close`.
+
+    Made by `create` or `reopen`. One thread at a time may call it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        lock: Lock,
+        table: TensorTable,
+        streams: Mapping[str, int | None],
+        attributes: dict[str, Any],
+    ) -> None:
+        self.path = path
+        self.table = table
+        self.state_folder = path / WEIGHTS / "value" / PRIVATE_FOLDER
+        self._lock = lock
+        self._attributes = attributes
+        self._streams = {
+            name: StreamWriter(path, self.state_folder, ShardLayout(name, table, batches))
+            for name, batches in streams.items()
+        }
+        self._scalars = ScalarsWriter(path, self.state_folder)
+        self._flushed = time.monotonic()
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        table: TensorTable,
+        *,
+        streams: Mapping[str, int | None],
+        attributes: Mapping[str, Any] | None = None,
+        frozen: Mapping[str, NDArray[np.uint8]] | None = None,
+    ) -> RunWriter:
+        """Create a new run.
+
+        `streams` maps the name of each stream to its number of batches, `None` where it has no
+        such axis; `weights` is always there. `frozen` gives the raw bytes of the frozen tensors.
+        `UsageError` where the path holds a run or anything else; `LockedError` where another
+        process is creating it.
+        """
+        root = Path(path)
+        refuse_taken(root)
+        private = root / WEIGHTS / "value" / PRIVATE_FOLDER
+        with writing(root):
+            private.mkdir(parents=True, exist_ok=True)
+        lock = Lock(private / LOCK)
+        # Only now that the lock is held: what an earlier creation left before it had finished.
+        for leftover in [*root.iterdir(), *private.iterdir()]:
+            if leftover not in (root / WEIGHTS, private / LOCK):
+                remove(leftover)
+        entries: dict[str, Any] = {
+            "format": FORMAT_VERSION,
+            "status": "recording",
+            "final_step": None,
+            **(attributes or {}),
+            "streams": {WEIGHTS: None, **streams},
+            "tensors": table.to_json(),
+        }
+        writer = cls(root, lock, table, entries["streams"], entries)
+        if table.frozen:
+            entries["frozen_crc32c"] = write_frozen(private, table, frozen or {})
+        writer._write_groups()
+        for stream in writer._streams.values():
+            stream.start()
+        # The root comes last: before it is there, this is not a run.
+        writer._write_attributes()
+        return writer
+
+    @classmethod
+    def reopen(cls, path: str | os.PathLike[str], table: TensorTable | None = None) -> RunWriter:
+        """Open a run to go on with it; what a crash left half-done is put right.
+
+        `MismatchError` where its tensors are not those of `table`.
+        """
+        root = Path(path)
+        attributes = read_attributes(root)
+        stored = TensorTable.from_json(attributes["tensors"])
+        difference = None if table is None else stored.difference(table)
+        if difference is None and table is not None and stored != table:
+            difference = "dtypes, buffers, parameter groups or tied names are not the same"
+        if difference is not None:
+            raise MismatchError(
+                f"the run was recorded from another model, {difference}",
+                where=root,
+                fix="resume with the model, or record into another --out",
+            )
+        lock = Lock(root / WEIGHTS / "value" / PRIVATE_FOLDER / LOCK)
+        try:
+            writer = cls(root, lock, stored, attributes["streams"], attributes)
+            for stream in writer._streams.values():
+                stream.recover()
+            writer._scalars.recover()
+        except BaseException:
+            lock.release()
+            raise
+        return writer
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """The run's attributes, read-only."""
+        return MappingProxyType(self._attributes)
+
+    @property
+    def shard_bytes(self) -> dict[str, int]:
+        """Bytes of one shard of each stream."""
+        return {name: stream.layout.size for name, stream in self._streams.items()}
+
+    def committed_steps(self, stream: str) -> list[int]:
+        """List the steps of a stream's committed shards in order of commit."""
+        return [commit.step for commit in self._streams[stream].commits]
+
+    def staging(self, stream: str) -> Staging:
+        """Allocate a host buffer in the layout of this stream's shards."""
+        return Staging(self._streams[stream].layout)
+
+    def commit(
+        self,
+        stream: str,
+        staging: Staging,
+        *,
+        step: int,
+        epoch: float | None = None,
+        batch: int | None = None,
+    ) -> int:
+        """Write one shard and commit it; return its size in bytes.
+
+        `WriteError` where the disk refuses; then nothing was committed.
+        """
+        size = self._streams[stream].commit(staging, step, epoch, batch)
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self.flush()
+        return size
+
+    def append_scalars(self, step: int, values: Mapping[str, float | NDArray[Any]]) -> None:
+        """Add the scalars of update `step`; names not seen before are filled up with NaN.
+
+        A value is a number, or a float64 array ``[columns]`` whose length stays the same.
+        """
+        self._scalars.append(step, values)
+
+    def flush(self) -> None:
+        """Bring scalars, coordinates and shapes on disk up to what was committed."""
+        for stream in self._streams.values():
+            stream.flush()
+        self._scalars.flush()
+        self._flushed = time.monotonic()
+
+    def truncate(self, step: int) -> None:
+        """Drop every row and every scalar with a step of `step` or later, and the final status."""
+        self._attributes.update({"status": "recording", "final_step": None})
+        self._attributes.pop("digests", None)
+        self._write_attributes()
+        for stream in self._streams.values():
+            stream.truncate(step)
+        self._scalars.truncate(step)
+
+    def update_attributes(self, **values: Any) -> None:
+        """Merge values into the run's attributes."""
+        self._attributes.update(values)
+        self._write_attributes()
+
+    def finish(self, final_step: int) -> None:
+        """Mark the run complete; `final_step` is T, the number of updates applied."""
+        self.flush()
+        self._attributes["status"] = "complete"
+        self._attributes["final_step"] = final_step
+        self._attributes["digests"] = {
+            "rows": {name: len(stream.commits) for name, stream in self._streams.items()},
+            "scalars": self._scalars.digests(),
+        }
+        self._write_attributes()
+
+    def close(self) -> None:
+        """Give back the lock; closing twice is harmless."""
+        self._lock.release()
+
+    def _write_attributes(self) -> None:
+        document = group_document({ATTRIBUTES_KEY: self._attributes})
+        write_json(self.path / METADATA, document, self.state_folder)
+
+    def _write_groups(self) -> None:
+        folders = {folder for name in self._streams for folder in _groups(name)}
+        for folder in sorted({SCALARS, *folders}):
+            make_folders(self.path / folder, self.path)
+            write_json(self.path / folder / METADATA, group_document(), self.state_folder)
+
+
+def _groups(stream: str) -> list[str]:
+    folder = stream_folder(stream)
+    parts = folder.split("/")
+    return ["/".join(parts[: count + 1]) for count in range(len(parts))]
