@@ -1,0 +1,138 @@
+"""The command `analyze`. Each command is: parse, one call, print; what is heavy loads when used."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+
+from capture import __version__
+from capture.command_line import Group
+
+
+@click.group(cls=Group)
+@click.version_option(__version__, message="straightway %(version)s")
+def main() -> None:
+    """Measure recorded runs, as often as you like. (Record them first with `capture`.)"""
+
+
+@main.command(
+    example="analyze compute runs/first.zarr --reference final --reference step:0 "
+    "--out runs/first.parquet"
+)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=click.Path())
+@click.option(
+    "--reference",
+    "references",
+    multiple=True,
+    default=("final",),
+    help="The point w* to measure against, may be repeated: final, step:N, mean:K, "
+    "run:PATH[@STEP] or file:PATH. Default: final.",
+)
+@click.option(
+    "--stream",
+    "streams",
+    multiple=True,
+    help="Stream of gradients, updates or weights, may be repeated. Default: all but the weights.",
+)
+@click.option(
+    "--by",
+    type=click.Choice(["model", "layer", "tensor"]),
+    default="model",
+    help="The tensors that are summed over. Default: model, all of them.",
+)
+@click.option(
+    "--scheduler",
+    default="threads",
+    help="threads, or the tcp:// or tls:// address of a Dask scheduler. Default: threads.",
+)
+@click.option("--workers", type=int, help="Number of threads. Default: one per processor.")
+@click.option("--out", type=click.Path(), required=True, help="Parquet file to write.")
+def compute(
+    runs: tuple[str, ...],
+    references: tuple[str, ...],
+    streams: tuple[str, ...],
+    by: str,
+    scheduler: str,
+    workers: int | None,
+    out: str,
+) -> None:
+    """Measure runs into a table, and print the verdict.
+
+    The table has one row per run, stream, step, batch, group of tensors and reference. Every byte
+    that leads to a number is verified.
+    """
+    from analyze.tables import check_writable, concatenate, measure_run, write_table
+    from analyze.verdict import verdict
+
+    check_writable(out)
+    groupings = list(dict.fromkeys(["model", by]))
+    measured = []
+    for run in dict.fromkeys(runs):
+        with _progress(run) as show:
+            tables = measure_run(
+                run,
+                references,
+                streams=streams,
+                by=groupings,
+                scheduler=scheduler,
+                workers=workers,
+                progress=show,
+            )
+        measured.append(tables)
+    table = concatenate([tables[by] for tables in measured])
+    write_table(table, out)
+    _print(verdict(concatenate([tables["model"] for tables in measured])))
+    click.echo(f"{table.num_rows} rows in {out}; next:", err=True)
+    page = shlex.quote(f"{out.removesuffix('.parquet')}.html")
+    click.echo(f"  analyze report {shlex.quote(out)} --out {page}", err=True)
+
+
+@main.command(example="analyze report runs/first.zarr --out runs/first.html")
+@click.argument("inputs", nargs=-1, required=True, metavar="RUN|TABLE…", type=click.Path())
+@click.option("--out", type=click.Path(), required=True, help="HTML page to write.")
+@click.option("--figures", type=click.Path(), help="Folder to which each figure goes as a file.")
+@click.option("--format", "formats", help="Of these files: png, svg, pdf or several. Default: pdf.")
+def report(inputs: tuple[str, ...], out: str, figures: str | None, formats: str | None) -> None:
+    """Make one HTML page of figures and exact values; it needs no network.
+
+    Tables are those that `analyze compute` wrote; runs are measured against final.
+    """
+    from pathlib import Path
+
+    from analyze.report import write_report
+    from analyze.tables import check_writable
+    from capture.store.errors import UsageError
+
+    if formats is not None and figures is None:
+        raise UsageError("--format is for files of figures", fix="say where with --figures DIR")
+    check_writable(out)
+    chosen = (formats or "pdf").split(",") if figures is not None else []
+    folder = None if figures is None else Path(figures)
+    written = write_report(inputs, Path(out), figures_dir=folder, formats=chosen)
+    for path in written:
+        click.echo(str(path), err=True)
+
+
+@contextmanager
+def _progress(run: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Show a bar of the blocks done, on stderr and only on a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"measuring {escape(run)}", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print(text: str) -> None:
+    """Print, with question marks for what the terminal's encoding cannot show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    click.echo(text.encode(encoding, "replace").decode(encoding))

@@ -1,0 +1,307 @@
+"""The Dask side: cut a run into blocks, measure them anywhere, put the sums together in one order.
+
+A block is some rows times some inner chunks. Sums are kept by (row, chunk ∩ tensor) and added chunk
+after chunk at the end, so blocks, workers and scheduler do not change one byte of the result. (The
+order of the sums within a tile is the compiler's: processors with other vector widths may differ in
+the last bits.)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from typing import Any
+
+import numpy as np
+from crc32c import crc32c
+from numpy.typing import NDArray
+
+from analyze import schedulers
+from analyze.moments import MOMENTS, moment_kind, segment_moments
+from analyze.references import BoundReference, Reference
+from capture.store import (
+    DamagedError,
+    MappedShard,
+    Run,
+    Stream,
+    UnknownNameError,
+    UsageError,
+    open_run,
+)
+from capture.store.layout import WEIGHTS
+
+# Blocks per worker, so that none waits long for the last; and a limit to what one block reads, so
+# that progress moves and an interrupt is not kept waiting.
+_BLOCKS_PER_WORKER = 3
+_BLOCK_BYTES = 2**30
+_MOST_ROWS = 16
+_MOST_SHARDS = 4096
+
+
+@dataclass(frozen=True)
+class StreamMoments:
+    """The moments of one stream of a run, by tensor.
+
+    `steps` is int64 ``[T]``, `batches` B or `None`. `array` is float64 ``[T, R, P, 7]``, or
+    ``[T, B, R, P, 7]`` where the stream has batches, in the order of `MOMENTS` and NaN where one
+    was not asked for. `nonfinite` is int64 without the last axis: coordinates of w, g or w* that
+    are NaN or infinite. In the stream `updates`, u stands in the place of g; `weights` has ⟨e,e⟩,
+    ⟨w,e⟩ and ⟨w,w⟩ only.
+    """
+
+    stream: str
+    steps: NDArray[np.int64]
+    batches: int | None
+    array: NDArray[np.float64]
+    nonfinite: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The moments of one run: the references as typed, and each stream by name."""
+
+    references: tuple[str, ...]
+    streams: Mapping[str, StreamMoments]
+
+
+def compute_moments(
+    run: str | os.PathLike[str],
+    streams: Sequence[str],
+    references: Sequence[Reference],
+    *,
+    moments: Sequence[str] = MOMENTS,
+    scheduler: str = "threads",
+    workers: int | None = None,
+    rows_per_block: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Moments:
+    """Measure every row of `streams` against all `references` in one pass over the run.
+
+    A gradient or update of step t is paired with the weights of step t. Every byte that leads to a
+    number is verified. `scheduler` is `threads`, `synchronous`, or the address of a running
+    dask.distributed cluster (`tcp://…`, `tls://…`) whose workers see the same paths; `workers` is
+    the number of threads, by default one per processor. `progress` is called with the numbers of
+    blocks done and of all blocks. Any `InputError` of the run or a reference is raised as it is,
+    and gives no numbers.
+    """
+    threads = schedulers.check(scheduler, workers)
+    if not references:
+        raise UsageError("there is no reference to measure against", fix="give one, such as final")
+    names = tuple(dict.fromkeys(streams))
+    token, path = uuid.uuid4().hex, os.path.abspath(run)
+    plan = _Plan(token, path, names, tuple(references), moment_kind(moments))
+    try:
+        session = _open(plan)
+        blocks = [
+            block
+            for name in names
+            for block in _cut(session.run.stream(name), threads, rows_per_block)
+        ]
+        tasks = [partial(_measure, plan, block) for block in blocks]
+        results = schedulers.run(tasks, scheduler, threads, progress)
+        measured = {name: _assemble(session, name, blocks, results) for name in names}
+    finally:
+        _open.cache_clear()
+    return Moments(tuple(reference.text for reference in references), measured)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a worker has to know; `token` keeps one call's open files from serving the next."""
+
+    token: str
+    path: str
+    streams: tuple[str, ...]
+    references: tuple[Reference, ...]
+    moments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows `rows` and inner chunks `chunks` of one stream."""
+
+    stream: str
+    rows: range
+    chunks: range
+
+
+# Per chunk of a block: sums [rows, B, R, S, 7] and non-finite counts [rows, B, R, S].
+_Partials = list[tuple[NDArray[np.float64], NDArray[np.int64]]]
+
+
+class _Session:
+    """A run with its references, open in one process for one call of `compute_moments`."""
+
+    def __init__(self, plan: _Plan) -> None:
+        self.plan = plan
+        self.run: Run = open_run(plan.path)
+        # The streams first: in a run that is still recording, their weights are there by now.
+        for name in plan.streams:
+            self.run.stream(name)
+        self.weights: Stream = self.run.stream(WEIGHTS)
+        self.references: list[BoundReference] = [
+            reference.bind(self.run) for reference in plan.references
+        ]
+
+    @cached_property
+    def segments(self) -> list[tuple[int, NDArray[np.int64]]]:
+        """Per inner chunk: its first tensor, and where tensors cut it, from 0 to its length."""
+        grid, offsets = self.weights.grid, self.run.table.offsets
+        found = []
+        for chunk in range(grid.num_chunks):
+            start, stop = grid.bounds(chunk)
+            first = int(np.searchsorted(offsets, start, "right")) - 1
+            last = int(np.searchsorted(offsets, stop, "left"))
+            found.append((first, np.clip(offsets[first : last + 1], start, stop) - start))
+        return found
+
+    def weights_row(self, stream: Stream, row: int) -> int:
+        """Row of the weights at which a row of `stream` was taken."""
+        step = int(stream.steps[row])
+        try:
+            return self.weights.row_of(step)
+        except UnknownNameError as error:
+            raise DamagedError(
+                f"row {row} (step {step}) of {stream.name!r} has no weights of the same step",
+                where=self.run.path,
+                fix="restore the run from a copy, or record it again",
+            ) from error
+
+
+@lru_cache(maxsize=2)
+def _open(plan: _Plan) -> _Session:
+    return _Session(plan)
+
+
+def _cut(stream: Stream, workers: int, rows_per_block: int | None) -> Iterator[_Block]:
+    """Cut a stream into blocks, chunk-major: enough for the workers, none too large."""
+    total, grid = len(stream.steps), stream.grid
+    wanted, shards_per_row = _BLOCKS_PER_WORKER * workers, 1 + (stream.batches or 1)
+    rows = rows_per_block or min(_MOST_ROWS, math.ceil(total / wanted))
+    rows = max(1, min(rows, _MOST_SHARDS // shards_per_row))
+    parts = math.ceil(wanted * rows / max(1, total))
+    largest = _BLOCK_BYTES // (rows * shards_per_row * grid.chunk_bytes)
+    chunks = max(1, min(math.ceil(grid.num_chunks / parts), largest))
+    for first_chunk in range(0, grid.num_chunks, chunks):
+        for first_row in range(0, total, rows):
+            yield _Block(
+                stream.name,
+                range(first_row, min(first_row + rows, total)),
+                range(first_chunk, min(first_chunk + chunks, grid.num_chunks)),
+            )
+
+
+def _measure(plan: _Plan, block: _Block) -> _Partials:
+    """Measure one block; runs on a worker."""
+    session = _open(plan)
+    partials: _Partials = []
+    with ExitStack() as stack:
+        rows = [_open_row(session, block, row, stack) for row in block.rows]
+        for chunk in block.chunks:
+            references = [reference.chunk(chunk) for reference in session.references]
+            cuts = session.segments[chunk][1]
+            measured = [
+                _measure_row(weights, gradients, chunk, references, cuts, plan.moments)
+                for weights, gradients in rows
+            ]
+            sums, nonfinite = (np.stack(part) for part in zip(*measured, strict=True))
+            partials.append((sums, nonfinite))
+    return partials
+
+
+def _open_row(
+    session: _Session, block: _Block, row: int, stack: ExitStack
+) -> tuple[MappedShard, list[MappedShard]]:
+    """Map one row: its weights and, where the stream is not the weights, each of its batches."""
+    stream = session.run.stream(block.stream)
+    weights = stack.enter_context(session.weights.open(session.weights_row(stream, row)))
+    batches: Sequence[int | None] = [None] if stream.batches is None else range(stream.batches)
+    gradients = [
+        stack.enter_context(stream.open(row, batch)) for batch in batches if stream.name != WEIGHTS
+    ]
+    if block.chunks[0] == 0:  # once per row: what is in the files beside the chunks
+        for shard in (weights, *gradients):
+            shard.verify_rest()
+    return weights, gradients
+
+
+def _measure_row(
+    weights: MappedShard,
+    gradients: list[MappedShard],
+    chunk: int,
+    references: list[NDArray[Any]],
+    cuts: NDArray[np.int64],
+    moments: tuple[str, ...],
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Measure one inner chunk of one row: sums ``[B, R, S, 7]``, counts ``[B, R, S]``.
+
+    The first pass over the bytes of a shard takes their checksum as well.
+    """
+    w = weights.chunk(chunk)
+    shape = (max(1, len(gradients)), len(references), len(cuts) - 1)
+    sums, nonfinite = np.empty((*shape, len(MOMENTS))), np.empty(shape, np.int64)
+    for batch, place in np.ndindex(shape[:2]):
+        gradient = gradients[batch] if gradients else None
+        found = segment_moments(
+            None if gradient is None else gradient.chunk(chunk),
+            w,
+            references[place],
+            cuts,
+            moments=moments,
+            check_weights=batch == place == 0,
+            check_gradient=place == 0,
+        )
+        if batch == place == 0:
+            _confirm(weights, chunk, found.weights_checksum)
+        if gradient is not None and place == 0:
+            _confirm(gradient, chunk, found.gradient_checksum)
+        sums[batch, place], nonfinite[batch, place] = found.sums, found.nonfinite
+    return sums, nonfinite
+
+
+def _confirm(shard: MappedShard, chunk: int, checksum: int | None) -> None:
+    """Compare a chunk with its committed checksum; the store has the last word.
+
+    `checksum` covers the coordinates of the chunk; padding that follows them in the last chunk is
+    added here.
+    """
+    if checksum is not None:
+        grid = shard.stream.grid
+        start, stop = grid.bounds(chunk)
+        begin = shard.data_start + chunk * grid.chunk_bytes
+        used = (stop - start) * shard.stream.dtype.itemsize
+        padding = shard.raw(begin + used, begin + grid.chunk_bytes)
+        if crc32c(padding, checksum) == int(shard.commit.chunks[chunk], 16):
+            return
+    shard.verify_chunk(chunk)
+
+
+def _assemble(
+    session: _Session, name: str, blocks: Sequence[_Block], results: Sequence[_Partials]
+) -> StreamMoments:
+    """Add the partial sums of one stream, for each tensor chunk after chunk."""
+    stream = session.run.stream(name)
+    shape = (
+        len(stream.steps),
+        stream.batches or 1,
+        len(session.references),
+        len(session.run.table.parameters),
+    )
+    array, nonfinite = np.zeros((*shape, len(MOMENTS))), np.zeros(shape, np.int64)
+    for block, partials in zip(blocks, results, strict=True):
+        if block.stream != name:
+            continue
+        rows = slice(block.rows.start, block.rows.stop)
+        for chunk, (sums, counts) in zip(block.chunks, partials, strict=True):
+            first, cuts = session.segments[chunk]
+            tensors = slice(first, first + len(cuts) - 1)
+            array[rows, :, :, tensors] += sums
+            nonfinite[rows, :, :, tensors] += counts
+    if stream.batches is None:
+        array, nonfinite = array[:, 0], nonfinite[:, 0]
+    return StreamMoments(name, stream.steps, stream.batches, array, nonfinite)

@@ -1,0 +1,136 @@
+"""From the moments of a run to its quantities: clip factor, weight decay, null, groups of tensors.
+
+Axes: N rows of one stream (steps × batches), P tensors, K groups of tensors, R references.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analyze.controls import end_step, own_path
+from analyze.moments import MOMENTS
+from analyze.quantities import (
+    Values,
+    evaluate,
+    gradient_sums,
+    sum_groups,
+    unclipping,
+    update_sums,
+)
+from capture.store.reader import Run
+
+Integers = NDArray[np.int64]
+
+_DECAY = {
+    "coupled": "coupled: the _wd columns are of g + λw, λ by parameter group",
+    "decoupled": "decoupled, no part of the gradient: _wd equals the plain columns; the update "
+    "columns show its effect",
+    "unknown": "of an unknown kind: the _wd columns are NaN where weight_decay is not 0",
+    "missing": "not recorded: the _wd columns are NaN",
+}
+
+
+class Measure:
+    """The arithmetic of one run, on moments that were summed before.
+
+    `decay_note` says what became of weight decay, `nulls` what the null of each reference rests
+    on or why there is none, `undefined` counts the NaN in each quantity where it applies.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.nulls: dict[str, str] = {}
+        self.undefined: Counter[str] = Counter()
+        self._path = own_path(run)
+        self._sign = -1.0 if run.attributes.get("optimizer", {}).get("maximize") else 1.0
+        self._decay, self.decay_note = self._read_decay()
+
+    def quantities(
+        self,
+        stream: str,
+        steps: Integers,
+        moments: Values,
+        references: Sequence[str],
+        groups: Integers,
+    ) -> dict[str, Values]:
+        """Compute the quantities that apply to a stream, each float64 ``[N, K, R]``.
+
+        `steps` is ``[N]``, ascending; `moments` float64 ``[N, R, P, 7]`` in the order of
+        `MOMENTS`; `groups` gives the group of each tensor, int64 ``[P]``.
+        """
+        count = int(groups.max()) + 1
+        parts = []
+        for index, reference in enumerate(references):
+            named = dict(zip(MOMENTS, np.moveaxis(moments[:, index], -1, 0), strict=True))
+            sums = self._sums(stream, steps, named)
+            if stream == "minibatch":
+                sums |= self._null_sums(reference, steps)
+            parts.append(evaluate(sum_groups(sums, groups, count)))
+        names = list(dict.fromkeys(name for part in parts for name in part))
+        for part in parts:
+            self.undefined.update({n: int(np.isnan(values).sum()) for n, values in part.items()})
+        nothing = np.full((len(steps), count), np.nan)
+        return {
+            name: np.stack([part.get(name, nothing) for part in parts], axis=-1) for name in names
+        }
+
+    def scalar(self, name: str, steps: Integers) -> Values:
+        """An every-step scalar at `steps`, float64 ``[N]``; NaN where it was not recorded."""
+        if name not in self.run.scalar_names():
+            return np.full(len(steps), np.nan)
+        values = self.run.scalar(name)
+        inside = steps < len(values)
+        return np.where(inside, np.append(values, np.nan)[np.where(inside, steps, -1)], np.nan)
+
+    def _sums(self, stream: str, steps: Integers, moments: dict[str, Values]) -> dict[str, Values]:
+        if stream == "weights":
+            return {"ee": moments["ee"]}
+        if stream == "updates":
+            return update_sums(moments)
+        scale = np.full(len(steps), self._sign)
+        if stream == "minibatch":
+            scale *= unclipping(self.scalar("clip_factor", steps))
+        return gradient_sums(moments, self._decay_at(steps), scale[:, None])
+
+    def _null_sums(self, reference: str, steps: Integers) -> dict[str, Values]:
+        """The null in units of the unclipped gradient, by tensor ``[N, P]``; empty without one."""
+        end = end_step(self.run, reference)
+        if isinstance(self._path, str) or end is None or end > len(self._path.grad_norms):
+            not_own = "no null: w* is no iterate of this run's own path"
+            self.nulls[reference] = self._path if isinstance(self._path, str) else not_own
+            return {}
+        self.nulls[reference] = self._path.assumption()
+        dot, grad, dist = self._path.null(steps, end)
+        scale = unclipping(self.scalar("clip_factor", steps))[:, None]
+        return {"null_ge": dot * scale, "null_gg": grad * scale**2, "null_ee": dist}
+
+    def _read_decay(self) -> tuple[Values, str]:
+        """Coupled λ of each step and parameter group ``[S, G + 1]``, with a note on what it is.
+
+        The last column, 0, is for tensors that the optimizer does not update.
+        """
+        kind = self.run.attributes.get("optimizer", {}).get("weight_decay", "unknown")
+        known = "group_weight_decay" in self.run.scalar_names()
+        values = self.run.scalar("group_weight_decay") if known else np.empty((0, 0))
+        if not len(values):
+            width = len(self.run.attributes.get("optimizer", {}).get("dampening", ())) or 1
+            fill = 0.0 if kind == "decoupled" else np.nan
+            values, kind = np.full((1, width), fill), "missing" if fill else kind
+        none = not values.any()
+        if kind == "decoupled":
+            values = np.zeros_like(values)
+        elif kind == "unknown":
+            values = np.where(values == 0, 0.0, np.nan)
+        note = "none" if none else _DECAY[kind]
+        return np.append(values, np.zeros((len(values), 1)), axis=1), note
+
+    def _decay_at(self, steps: Integers) -> Values:
+        """λ of each tensor ``[N, P]``; at w_T, from which no update was taken, the last one."""
+        groups = [
+            -1 if tensor.group is None else tensor.group for tensor in self.run.table.parameters
+        ]
+        return self._decay[np.minimum(steps, len(self._decay) - 1)][:, groups]

@@ -1,0 +1,242 @@
+"""Every quantity as a value: its name, formula, unit, the sums it needs, and the arithmetic.
+
+Notation, with everything summed over the coordinates of one group of tensors:
+
+    w  the weights w_t           w*  the reference          e = w - w*
+    g  the gradient at w_t of the mean loss that the optimizer minimises, unscaled and unclipped
+    h = g + λ w                  u = w_{t+1} - w_t, the update that was taken
+    ‖·‖₀, ⟨·,·⟩₀                 what orthogonal gradients alone would give (`analyze.controls`)
+
+A ratio whose denominator is 0 is NaN, never 0. Formulas: Guille-Escuret, Naganuma, Fatras and
+Mitliagkas, "No Wrong Turns", ICML 2024; the nulls and z are our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+Sums = Mapping[str, Values]
+
+# What a sum is called, and what it is.
+SUMS = {
+    "ee": "‖e‖²",
+    "gg": "‖g‖²",
+    "ge": "⟨g, e⟩",
+    "g2e2": "Σᵢ gᵢ² eᵢ²",
+    "hh": "‖g + λw‖²",
+    "he": "⟨g + λw, e⟩",
+    "uu": "‖u‖²",
+    "ue": "⟨u, e⟩",
+    "null_gg": "‖g‖², from the every-step scalars",
+    "null_ee": "‖e‖²₀",
+    "null_ge": "⟨g, e⟩₀",
+}
+
+SIGN = "γ > 0: a step along -g starts out towards w*."
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One column of the table: `function` maps the sums named in `needs` to float64 values."""
+
+    name: str
+    formula: str
+    unit: str
+    needs: tuple[str, ...]
+    function: Callable[[Sums], Values]
+
+
+def ratio(numerator: Values, *denominators: Values) -> Values:
+    """Divide, NaN where a denominator is 0; overflow gives no warning."""
+    with np.errstate(all="ignore"):
+        for denominator in denominators:
+            numerator = numerator / np.where(denominator == 0, np.nan, denominator)
+    return numerator
+
+
+def norm(square: Values) -> Values:
+    """Square root; NaN where rounding left a sum of squares below 0."""
+    with np.errstate(invalid="ignore"):
+        return np.sqrt(square)
+
+
+def angle(cosine: Values) -> Values:
+    """Angle in degrees; a cosine that rounding took beyond ±1 counts as ±1."""
+    return np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0)))
+
+
+def _direction(dot: str, square: str, symbol: str, suffix: str, about: str) -> list[Quantity]:
+    """List the seven quantities of one direction: the gradient, or the gradient with decay."""
+
+    def cosine(sums: Sums) -> Values:
+        return ratio(sums[dot], norm(sums[square]), norm(sums["ee"]))
+
+    table: list[tuple[str, str, str, tuple[str, ...], Callable[[Sums], Values]]] = [
+        (
+            "norm_grad",
+            f"‖{symbol}‖",
+            "loss/weight",
+            (square,),
+            lambda s: norm(s[square]),
+        ),
+        ("dot_prod", f"⟨{symbol}, e⟩", "loss", (dot,), lambda s: s[dot]),
+        (
+            "rsi",
+            f"⟨{symbol}, e⟩ / ‖e‖²",
+            "loss/weight²",
+            (dot, "ee"),
+            lambda s: ratio(s[dot], s["ee"]),
+        ),
+        (
+            "eb",
+            f"‖{symbol}‖ / ‖e‖",
+            "loss/weight²",
+            (square, "ee"),
+            lambda s: ratio(norm(s[square]), norm(s["ee"])),
+        ),
+        ("cosine", f"⟨{symbol}, e⟩ / (‖{symbol}‖ ‖e‖)", "1", (dot, square, "ee"), cosine),
+        (
+            "angle_deg",
+            f"arccos(⟨{symbol}, e⟩ / (‖{symbol}‖ ‖e‖))",
+            "degrees",
+            (dot, square, "ee"),
+            lambda s: angle(cosine(s)),
+        ),
+        (
+            "lolr",
+            f"⟨{symbol}, e⟩ / ‖{symbol}‖²",
+            "weight²/loss",
+            (dot, square),
+            lambda s: ratio(s[dot], s[square]),
+        ),
+    ]
+    return [
+        Quantity(name + suffix, formula + about, unit, needs, function)
+        for name, formula, unit, needs, function in table
+    ]
+
+
+_NULL = [
+    Quantity(
+        "cosine_null",
+        "⟨g, e⟩₀ / (‖g‖ ‖e‖₀), the cosine if all gradients of the path were orthogonal; "
+        "of the minibatch gradients only, which made the path",
+        "1",
+        ("null_ge", "null_gg", "null_ee"),
+        lambda s: ratio(s["null_ge"], norm(s["null_gg"]), norm(s["null_ee"])),
+    ),
+    Quantity(
+        "lolr_null",
+        "⟨g, e⟩₀ / ‖g‖², the locally optimal learning rate if all gradients were orthogonal; "
+        "of the minibatch gradients only",
+        "weight²/loss",
+        ("null_ge", "null_gg"),
+        lambda s: ratio(s["null_ge"], s["null_gg"]),
+    ),
+    Quantity(
+        "z",
+        "⟨g, e⟩ / √(Σᵢ gᵢ² eᵢ²), against random signs of the coordinates",
+        "1",
+        ("ge", "g2e2"),
+        lambda s: ratio(s["ge"], norm(s["g2e2"])),
+    ),
+]
+
+_UPDATE = [
+    Quantity("norm_update", "‖u‖", "weight", ("uu",), lambda s: norm(s["uu"])),
+    Quantity("dot_prod_update", "⟨u, e⟩", "weight²", ("ue",), lambda s: s["ue"]),
+    Quantity(
+        "cosine_update",
+        "⟨u, e⟩ / (‖u‖ ‖e‖), negative where the update starts out towards w*",
+        "1",
+        ("ue", "uu", "ee"),
+        lambda s: ratio(s["ue"], norm(s["uu"]), norm(s["ee"])),
+    ),
+    Quantity(
+        "lolr_update",
+        "-⟨u, e⟩ / ‖u‖², the factor by which the update should have been longer",
+        "1",
+        ("ue", "uu"),
+        lambda s: ratio(-s["ue"], s["uu"]),
+    ),
+]
+
+# In the order of the table's columns.
+QUANTITIES: tuple[Quantity, ...] = (
+    Quantity("norm_dist", "‖e‖", "weight", ("ee",), lambda s: norm(s["ee"])),
+    *_direction("ge", "gg", "g", "", ""),
+    *_NULL,
+    *_direction("he", "hh", "h", "_wd", " with h = g + λw, λ of coupled weight decay"),
+    *_UPDATE,
+)
+
+
+def evaluate(sums: Sums) -> dict[str, Values]:
+    """Evaluate the quantities whose sums are there, float64 of the sums' common shape.
+
+    What would follow from an infinite or NaN sum is NaN.
+    """
+    sound = {name: _finite(value) for name, value in sums.items()}
+    return {
+        quantity.name: _finite(quantity.function(sound))
+        for quantity in QUANTITIES
+        if sound.keys() >= set(quantity.needs)
+    }
+
+
+def unclipping(clip: Values) -> Values:
+    """What to multiply a stored gradient with: 1 / `clip`, and 1 where that is not known."""
+    known = np.isfinite(clip) & (clip > 0)
+    return 1.0 / np.where(known, clip, 1.0)
+
+
+def gradient_sums(moments: Mapping[str, Values], decay: Values, scale: Values) -> dict[str, Values]:
+    """Turn the stored moments of a gradient into the sums above, still by tensor.
+
+    `moments` are those of `analyze.moments.MOMENTS`, each ``[..., P]``. `decay` is the coupled λ
+    of each tensor and `scale` takes the stored gradient to g: both broadcast against them.
+    """
+    with np.errstate(all="ignore"):
+        ge, gg = moments["ge"] * scale, moments["gg"] * scale**2
+        he = ge + decay * moments["we"]
+        hh = gg + 2 * decay * moments["gw"] * scale + decay**2 * moments["ww"]
+        return {
+            "ee": moments["ee"],
+            "gg": gg,
+            "ge": ge,
+            "g2e2": moments["g2e2"] * scale**2,
+            # Without decay exactly the plain ones, even where w is NaN.
+            "hh": np.where(decay == 0, gg, hh),
+            "he": np.where(decay == 0, ge, he),
+        }
+
+
+def update_sums(moments: Mapping[str, Values]) -> dict[str, Values]:
+    """Name the stored moments of an update as sums, by tensor ``[..., P]``."""
+    return {"ee": moments["ee"], "uu": moments["gg"], "ue": moments["ge"]}
+
+
+def sum_groups(sums: Sums, groups: NDArray[Any], count: int) -> dict[str, Values]:
+    """Add the tensors ``[..., P]`` of each group to ``[..., count]``; `groups` is int ``[P]``.
+
+    Tensors are added in the order of the table, so equal inputs give equal bytes.
+    """
+    return {name: _add(value, groups, count) for name, value in sums.items()}
+
+
+def _finite(values: Values) -> Values:
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _add(values: Values, groups: NDArray[Any], count: int) -> Values:
+    out = np.zeros((*values.shape[:-1], count))
+    with np.errstate(all="ignore"):
+        for tensor, group in enumerate(groups):
+            out[..., group] += values[..., tensor]
+    return out

@@ -1,0 +1,200 @@
+"""Reference points w*: what `--reference` accepts, and how each gives its coordinates.
+
+    final             the final iterate w_T of the run itself
+    step:N            w_N of the run
+    mean:K            the mean of the last K weight rows, w_T included
+    run:PATH[@STEP]   the final iterate, or that of a step, of another run of the same model
+    file:PATH         a safetensors file that holds the run's tensors, in any floating-point dtype
+
+A `Reference` is a small value that travels to the workers; `bind` opens it for one run there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analyze.tensor_file import TensorFile
+from capture.store import MismatchError, Run, UnknownNameError, UsageError, open_run
+from capture.store.layout import WEIGHTS
+
+_FORMS = "final, step:N, mean:K, run:PATH[@STEP], file:PATH"
+
+
+class BoundReference(Protocol):
+    """A reference opened for one run, cut like the run's rows."""
+
+    def chunk(self, chunk: int) -> NDArray[Any]:
+        """Give w* on one inner chunk of the run: ``[C]``, verified.
+
+        Float32 where w* is stored in no wider dtype, else float64.
+        """
+
+    def close(self) -> None:
+        """Unmap the files."""
+
+
+class Reference(Protocol):
+    """A parsed reference; `text` is the string as it was typed."""
+
+    @property
+    def text(self) -> str:
+        """The string as it was typed."""
+
+    def bind(self, run: Run) -> BoundReference:
+        """Open for `run`; an `InputError` where it is not there or does not fit the run."""
+
+
+@dataclass(frozen=True)
+class FinalReference:
+    """`final`: w_T of the run itself; `UnfinishedError` where it has not come to its end."""
+
+    text: str
+
+    def bind(self, run: Run) -> BoundReference:
+        """Open for `run`."""
+        return _Rows(run, run, [run.final_row()])
+
+
+@dataclass(frozen=True)
+class StepReference:
+    """`step:N`: w_N of the run; `UnknownNameError` names the nearest recorded steps."""
+
+    text: str
+    step: int
+
+    def bind(self, run: Run) -> BoundReference:
+        """Open for `run`."""
+        return _Rows(run, run, [run.stream(WEIGHTS).row_of(self.step)])
+
+
+@dataclass(frozen=True)
+class MeanReference:
+    """`mean:K`: the float64 mean of the last K weight rows of a finished run, w_T included."""
+
+    text: str
+    count: int
+
+    def bind(self, run: Run) -> BoundReference:
+        """Open for `run`."""
+        last = run.final_row()
+        if self.count > last + 1:
+            raise UnknownNameError(
+                f"{self.text} needs {self.count} weight rows, the run has {last + 1}",
+                where=run.path,
+                fix=f"use mean:{last + 1} or less",
+            )
+        return _Rows(run, run, range(last + 1 - self.count, last + 1))
+
+
+@dataclass(frozen=True)
+class RunReference:
+    """`run:PATH[@STEP]`: the final iterate, or that of a step, of another run."""
+
+    text: str
+    path: str
+    step: int | None
+
+    def bind(self, run: Run) -> BoundReference:
+        """Open for `run`; `MismatchError` where the two runs' tensors differ."""
+        other = open_run(self.path)
+        difference = run.table.difference(other.table)
+        if difference is not None:
+            raise MismatchError(
+                f"reference {self.text!r} is of another model, {difference}",
+                where=other.path,
+                fix="choose a run of the same model",
+            )
+        step = self.step
+        row = other.final_row() if step is None else other.stream(WEIGHTS).row_of(step)
+        return _Rows(run, other, [row])
+
+
+@dataclass(frozen=True)
+class FileReference:
+    """`file:PATH`: a safetensors file; tensors that the run does not train are ignored."""
+
+    text: str
+    path: str
+
+    def bind(self, run: Run) -> BoundReference:
+        """Open for `run`; `MismatchError` names the first missing or differing tensor."""
+        return TensorFile(Path(self.path), run)
+
+
+def parse_reference(text: str) -> Reference:
+    """Read a reference as typed; `UsageError` where it has none of the five forms.
+
+    Paths become absolute, so that workers elsewhere find the same file.
+    """
+    kind, _, value = text.partition(":")
+    if text == "final":
+        return FinalReference(text)
+    if kind == "step" and _is_count(value):
+        return StepReference(text, int(value))
+    if kind == "mean" and _is_count(value) and int(value) > 0:
+        return MeanReference(text, int(value))
+    if kind == "run" and value:
+        path, at, step = value.rpartition("@")
+        if at and path and _is_count(step):
+            return RunReference(text, os.path.abspath(path), int(step))
+        return RunReference(text, os.path.abspath(value), None)
+    if kind == "file" and value:
+        return FileReference(text, os.path.abspath(value))
+    raise UsageError(f"{text!r} is no reference", fix=f"use one of {_FORMS}")
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+class _Rows:
+    """The mean of one or more weight rows of `source`, cut like the rows of `run`."""
+
+    def __init__(self, run: Run, source: Run, rows: Sequence[int]) -> None:
+        weights = source.stream(WEIGHTS)
+        self._grid = run.stream(WEIGHTS).grid
+        self._source_grid = weights.grid
+        self._shards = [weights.open(row) for row in rows]
+        self._verified = [np.zeros(weights.grid.num_chunks, bool) for _ in rows]
+        self._dtype = weights.dtype if len(rows) == 1 else np.dtype(np.float64)
+        for shard in self._shards:
+            shard.verify_rest()
+
+    def chunk(self, chunk: int) -> NDArray[Any]:
+        """Give the mean on one inner chunk of the run, ``[C]``."""
+        if len(self._shards) == 1 and self._grid == self._source_grid:
+            return self._verified_chunk(0, chunk)
+        start, stop = self._grid.bounds(chunk)
+        total = np.zeros(stop - start, self._dtype)
+        for number in range(len(self._shards)):
+            self._add(number, start, stop, total)
+        if len(self._shards) > 1:
+            total /= len(self._shards)
+        return total
+
+    def close(self) -> None:
+        """Unmap the rows."""
+        for shard in self._shards:
+            shard.close()
+
+    def _add(self, number: int, start: int, stop: int, total: NDArray[Any]) -> None:
+        """Add coordinates `start` to `stop` of one row; its chunks may be cut elsewhere."""
+        size = self._source_grid.chunk_elements
+        for chunk in range(start // size, -(-stop // size)):
+            first, last = self._source_grid.bounds(chunk)
+            low, high = max(first, start), min(last, stop)
+            values = self._verified_chunk(number, chunk)
+            total[low - start : high - start] += values[low - first : high - first]
+
+    def _verified_chunk(self, number: int, chunk: int) -> NDArray[Any]:
+        if not self._verified[number][chunk]:
+            self._shards[number].verify_chunk(chunk)
+            self._verified[number][chunk] = True
+        return self._shards[number].chunk(chunk)

@@ -1,0 +1,102 @@
+"""Where blocks are computed: threads of this process, or a running dask.distributed cluster."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import dask
+from dask.callbacks import Callback
+
+from capture.store import InputError, UsageError
+
+Result = TypeVar("Result")
+Progress = Callable[[int, int], None]
+
+LOCAL = ("threads", "synchronous")
+_CONNECT_SECONDS = 10
+
+# Dask has no types of its own.
+_dask: Any = dask
+_callback: Any = Callback
+
+
+def check(scheduler: str, workers: int | None) -> int:
+    """Check both choices; return the number of threads, by default one per processor."""
+    if scheduler not in LOCAL and "://" not in scheduler:
+        raise UsageError(
+            f"{scheduler!r} is no scheduler", fix="use threads, or an address like tcp://host:8786"
+        )
+    if workers is None:
+        return len(os.sched_getaffinity(0))
+    if workers < 1:
+        raise UsageError(f"{workers} workers cannot compute anything", fix="use 1 or more")
+    return workers
+
+
+def run(
+    tasks: Sequence[Callable[[], Result]],
+    scheduler: str,
+    workers: int,
+    progress: Progress | None = None,
+) -> list[Result]:
+    """Call every task and return the results in their order; the first error is raised as it is.
+
+    `scheduler` is one of `LOCAL` or the address of a cluster, to which tasks and results travel by
+    pickle; `workers` counts for threads. `progress` is called with tasks done and all tasks.
+    """
+    report = progress or (lambda done, total: None)
+    report(0, len(tasks))
+    if scheduler in LOCAL:
+        return _run_here(tasks, scheduler, workers, report)
+    return _run_on_cluster(tasks, scheduler, report)
+
+
+def _run_here(
+    tasks: Sequence[Callable[[], Result]], scheduler: str, workers: int, report: Progress
+) -> list[Result]:
+    keys = {f"block-{number}" for number in range(len(tasks))}
+    done: set[str] = set()
+
+    def finished(key: Any, *_: Any) -> None:
+        if key in keys:
+            done.add(key)
+            report(len(done), len(tasks))
+
+    calls = [
+        _dask.delayed(task, pure=False, traverse=False)(dask_key_name=f"block-{number}")
+        for number, task in enumerate(tasks)
+    ]
+    with _callback(posttask=finished):
+        return list(_dask.compute(*calls, scheduler=scheduler, num_workers=workers))
+
+
+def _run_on_cluster(
+    tasks: Sequence[Callable[[], Result]], address: str, report: Progress
+) -> list[Result]:
+    # Takes most of a second to import, and most measurements do without it.
+    import distributed
+
+    cluster: Any = distributed
+    try:
+        client = cluster.Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            "no Dask scheduler answers",
+            where=address,
+            fix="start one with `dask scheduler`, or use --scheduler threads",
+        ) from error
+    with client:
+        futures = [client.submit(task, pure=False) for task in tasks]
+        place = {future.key: number for number, future in enumerate(futures)}
+        results: dict[int, Result] = {}
+        try:
+            for future, result in cluster.as_completed(
+                futures, loop=client.loop, with_results=True
+            ):
+                results[place[future.key]] = result
+                report(len(results), len(tasks))
+        finally:
+            client.cancel(futures)
+    return [results[number] for number in range(len(tasks))]

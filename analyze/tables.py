@@ -1,0 +1,257 @@
+"""The table of a measurement: built from moments, written as Parquet, read back.
+
+One row per run, stream, step, batch, group of tensors and reference, in this order. Units and
+formulas are in the metadata of the fields, the facts of the runs in the metadata of the file.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+import capture
+from analyze.compute import Moments, StreamMoments, compute_moments
+from analyze.measure import Measure
+from analyze.quantities import QUANTITIES, SIGN, sum_groups
+from analyze.references import parse_reference
+from capture.store.errors import InputError, UsageError
+from capture.store.files import write_durably, writing
+from capture.store.layout import WEIGHTS
+from capture.store.reader import Run, open_run
+from capture.store.tensors import TensorTable
+
+Integers = NDArray[np.int64]
+
+METADATA_KEY = b"straightway"
+TABLE_VERSION = 1
+GROUPINGS = ("model", "layer", "tensor")
+
+# Name, type, unit and meaning of the columns before and after the quantities.
+_KEYS: tuple[tuple[str, Any, str, str], ...] = (
+    ("run", pa.string(), "", "the run, as typed"),
+    ("stream", pa.string(), "", "where the gradient or update comes from"),
+    ("step", pa.int64(), "updates", "t, the updates applied before"),
+    ("epoch", pa.float64(), "epochs", "passes over the data before this step"),
+    ("batch", pa.int64(), "", "which of the stream's batches; null where it has one per step"),
+    ("group", pa.string(), "", "the tensors that were summed over"),
+    ("reference", pa.string(), "", "w*, as typed"),
+    ("num_parameters", pa.int64(), "", "coordinates in the group"),
+)
+_FROM_SCALARS = ("loss", "lr", "clip_factor")
+_LAST: tuple[tuple[str, Any, str, str], ...] = (
+    ("loss", pa.float64(), "loss", "training loss of the minibatch of step t"),
+    ("lr", pa.float64(), "weight²/loss", "learning rate of step t, first parameter group"),
+    ("clip_factor", pa.float64(), "1", "gradient of the step / unclipped one; NaN unknown"),
+    ("nonfinite", pa.int64(), "", "NaN or infinite coordinates of w, g or w* in the group"),
+)
+_NULLABLE = ("epoch", "batch")
+
+
+def schema() -> pa.Schema:
+    """List the columns of the table, with units and formulas; no file metadata."""
+    quantities = [(q.name, pa.float64(), q.unit, q.formula) for q in QUANTITIES]
+    return pa.schema(
+        pa.field(name, kind, name in _NULLABLE, {"unit": unit, "formula": formula})
+        for name, kind, unit, formula in (*_KEYS, *quantities, *_LAST)
+    )
+
+
+def build(run: Run, moments: Moments, by: str = "model", *, name: str | None = None) -> pa.Table:
+    """Make the table of one run from its moments; `by` is one of `GROUPINGS`.
+
+    `name` is what the column `run` says, by default the path of the run.
+    """
+    name = str(run.path) if name is None else name
+    measure = Measure(run)
+    labels, groups = group_tensors(run.table, by)
+    blocks = [
+        _block(measure, stream, moments.references, labels, groups, name)
+        for stream in moments.streams.values()
+    ]
+    arrays = [
+        pa.chunked_array([block[field.name] for block in blocks], type=field.type)
+        for field in schema()
+    ]
+    facts = ("final_step", "optimizer", "config", "seeds", "versions", "git_commit")
+    entry = {key: run.attributes.get(key) for key in facts}
+    own = {"run": name, "status": run.status, "num_parameters": run.table.num_parameters}
+    metadata = {
+        "table": TABLE_VERSION,
+        "version": capture.__version__,
+        "by": by,
+        "sign": SIGN,
+        "runs": [{**own, **entry, "weight_decay": measure.decay_note}],
+        "null": {f"{name}|{reference}": text for reference, text in measure.nulls.items()},
+        "nan": dict(measure.undefined),
+    }
+    table = pa.Table.from_arrays(arrays, schema=schema())
+    return table.combine_chunks().replace_schema_metadata(_encode(metadata))
+
+
+def measure_run(
+    path: str,
+    references: Sequence[str] = ("final",),
+    *,
+    streams: Sequence[str] = (),
+    by: Sequence[str] = ("model",),
+    scheduler: str = "threads",
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, pa.Table]:
+    """Measure a run in one pass over its bytes: one table for each grouping in `by`.
+
+    Without `streams`, all of the run but the weights; `references` as typed. Errors, scheduler,
+    workers and progress are those of `compute_moments`.
+    """
+    parsed = [parse_reference(text) for text in dict.fromkeys(references)]
+    recorded = open_run(path).stream_names
+    chosen = streams or [name for name in recorded if name != WEIGHTS] or [WEIGHTS]
+    moments = compute_moments(
+        path, chosen, parsed, scheduler=scheduler, workers=workers, progress=progress
+    )
+    # Opened again: a run that is still recording has written more by now.
+    run = open_run(path)
+    return {grouping: build(run, moments, grouping, name=path) for grouping in by}
+
+
+def concatenate(tables: Sequence[pa.Table]) -> pa.Table:
+    """Put tables of several runs below each other; their metadata are merged."""
+    merged, *others = (read_metadata(table) for table in tables)
+    nan = Counter(merged["nan"])
+    for metadata in others:
+        nan.update(metadata["nan"])
+        merged["runs"] += [entry for entry in metadata["runs"] if entry not in merged["runs"]]
+        merged["null"] |= metadata["null"]
+    merged["nan"] = dict(nan)
+    merged["by"] = "+".join(dict.fromkeys(read_metadata(table)["by"] for table in tables))
+    bare = [table.replace_schema_metadata(None) for table in tables]
+    return pa.concat_tables(bare).combine_chunks().replace_schema_metadata(_encode(merged))
+
+
+def write_table(table: pa.Table, path: str | PathLike[str]) -> None:
+    """Write Parquet, in full or not at all; equal tables give equal bytes.
+
+    `WriteError` where the disk refuses.
+    """
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    write_durably(Path(path), buffer.getbuffer(), Path(path).parent)
+
+
+def check_writable(path: str | PathLike[str]) -> None:
+    """Refuse a place to which no file can be written; makes the folders that are missing.
+
+    `UsageError` for what is there and is no file, `WriteError` where the system refuses.
+    """
+    target = Path(path)
+    if target.exists() and not target.is_file():
+        raise UsageError("cannot write there, it is no file", where=path, fix="name a file")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
+
+
+def read_table(path: str | PathLike[str]) -> pa.Table:
+    """Read what `write_table` wrote; `InputError` where the file is anything else."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"no table can be read ({reason})", where=path) from error
+    metadata = table.schema.metadata or {}
+    known = METADATA_KEY in metadata and read_metadata(table).get("table") == TABLE_VERSION
+    if not known or not set(table.column_names) >= set(schema().names):
+        raise InputError(
+            "not a table of this version of `analyze compute`",
+            where=path,
+            fix="make it again from the run",
+        )
+    return table
+
+
+def read_metadata(table: pa.Table) -> dict[str, Any]:
+    """Return the facts in a table's metadata: runs, nulls, sign convention, counts of NaN."""
+    document: dict[str, Any] = json.loads(table.schema.metadata[METADATA_KEY])
+    return document
+
+
+def group_tensors(table: TensorTable, by: str) -> tuple[list[str], Integers]:
+    """Name the groups in order of appearance, and give the group of each tensor, int64 ``[P]``.
+
+    A layer is what comes before the last dot of a name; a tensor at the root is its own layer.
+    """
+    labels = {
+        "model": ["model"] * len(table.names),
+        "layer": [name.rpartition(".")[0] or name for name in table.names],
+        "tensor": list(table.names),
+    }[by]
+    distinct = list(dict.fromkeys(labels))
+    return distinct, np.array([distinct.index(label) for label in labels], np.int64)
+
+
+def _block(
+    measure: Measure,
+    stream: StreamMoments,
+    references: Sequence[str],
+    labels: Sequence[str],
+    groups: Integers,
+    run: str,
+) -> dict[str, Any]:
+    """Make the columns of one stream, whose rows are (step, batch), group, reference."""
+    batches = stream.batches or 1
+    steps = np.repeat(stream.steps, batches)
+    shape = (len(steps), len(labels), len(references))
+    row, group, reference = (index.ravel() for index in np.indices(shape))
+    by_tensor = (len(steps), len(references), len(groups))
+    found = measure.quantities(
+        stream.stream, steps, stream.array.reshape(*by_tensor, -1), references, groups
+    )
+    bad = {"nonfinite": stream.nonfinite.reshape(by_tensor).astype(np.float64)}
+    bad = sum_groups(bad, groups, len(labels))
+    sizes = np.bincount(groups, np.diff(measure.run.table.offsets)).astype(np.int64)
+    epochs = _epochs(measure.run, stream.stream, steps)[row]
+    batch = np.tile(np.arange(batches), len(stream.steps))[row]
+    nothing = np.full(len(row), np.nan)
+    return {
+        "run": _texts([run], np.zeros_like(row)),
+        "stream": _texts([stream.stream], np.zeros_like(row)),
+        "step": pa.array(steps[row]),
+        "epoch": pa.array(epochs, mask=np.isnan(epochs)),
+        "batch": pa.array(batch, mask=np.full(len(row), stream.batches is None)),
+        "group": _texts(labels, group),
+        "reference": _texts(references, reference),
+        "num_parameters": pa.array(sizes[group]),
+        **{
+            q.name: pa.array(found[q.name].ravel() if q.name in found else nothing)
+            for q in QUANTITIES
+        },
+        **{name: pa.array(measure.scalar(name, steps)[row]) for name in _FROM_SCALARS},
+        "nonfinite": pa.array(bad["nonfinite"].astype(np.int64)[row, reference, group]),
+    }
+
+
+def _texts(names: Sequence[str], index: NDArray[Any]) -> Any:
+    return pa.DictionaryArray.from_arrays(index, pa.array(names, pa.string())).cast(pa.string())
+
+
+def _epochs(run: Run, stream: str, steps: Integers) -> NDArray[np.float64]:
+    """Epoch of each step; NaN where it is not known, or the row came after the run was opened."""
+    recorded = run.stream(stream)
+    place = np.minimum(np.searchsorted(recorded.steps, steps), len(recorded.steps) - 1)
+    return np.where(recorded.steps[place] == steps, recorded.epochs[place], np.nan)
+
+
+def _encode(metadata: dict[str, Any]) -> dict[bytes, bytes]:
+    text = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
+    return {METADATA_KEY: text.encode()}

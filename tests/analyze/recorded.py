@@ -1,0 +1,130 @@
+"""Small recorded runs with scalars, parameter groups and clipping, and their raw rows."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from capture.store import RunWriter, Tensor, TensorTable
+
+Values = NDArray[Any]
+
+# Two layers, a tensor at the root that nothing updates, and two parameter groups.
+TABLE = TensorTable(
+    (
+        Tensor("body.0.weight", (4, 3), "F32", 0),
+        Tensor("body.0.bias", (4,), "F32", 1),
+        Tensor("head.weight", (2, 4), "F32", 0),
+        Tensor("scale", (), "F32", None),
+    )
+)
+OPTIMIZER: Mapping[str, Any] = {
+    "name": "SGD",
+    "kind": "sgd",
+    "nesterov": False,
+    "maximize": False,
+    "dampening": [0.0, 0.0],
+    "weight_decay": "coupled",
+}
+
+
+def split(vector: Values, table: TensorTable = TABLE) -> list[Values]:
+    """The tensors of flat coordinates ``[..., D]``."""
+    return np.split(vector, table.offsets[1:-1], axis=-1)
+
+
+def norms(rows: Values, table: TensorTable = TABLE) -> Values:
+    """Norm of each tensor of rows ``[S, D]``: ``[S, P]``."""
+    return np.stack([np.linalg.norm(part, axis=-1) for part in split(rows, table)], axis=-1)
+
+
+def write_run(
+    path: Path,
+    streams: Mapping[str, Values],
+    *,
+    table: TensorTable = TABLE,
+    scalars: Mapping[str, Values] | None = None,
+    optimizer: Mapping[str, Any] = OPTIMIZER,
+    steps: Mapping[str, Sequence[int]] | None = None,
+    epoch: float | None = 0.5,
+    complete: bool = True,
+    **attributes: Any,
+) -> Path:
+    """Write streams ``[T, D]`` or ``[T, B, D]`` and scalars ``[S]`` or ``[S, columns]``."""
+    batches = {name: v.shape[1] if v.ndim == 3 else None for name, v in streams.items()}
+    writer = RunWriter.create(
+        path,
+        table,
+        streams={name: count for name, count in batches.items() if name != "weights"},
+        attributes={"optimizer": dict(optimizer), **attributes},
+    )
+    for name, rows in streams.items():
+        staging = writer.staging(name)
+        for row, values in enumerate(rows):
+            step = row if steps is None else steps[name][row]
+            for batch, vector in enumerate(np.atleast_2d(values)):
+                staging.parameters[:] = vector
+                number = None if batches[name] is None else batch
+                writer.commit(name, staging, step=step, epoch=epoch, batch=number)
+    for step in range(len(next(iter((scalars or {}).values()), ()))):
+        writer.append_scalars(step, {name: v[step] for name, v in (scalars or {}).items()})
+    if complete:
+        writer.finish(len(streams["weights"]) - 1 if steps is None else steps["weights"][-1])
+    writer.flush()
+    writer.close()
+    return path
+
+
+class Rows:
+    """What zarr-python reads from a run, widened to float64."""
+
+    def __init__(self, path: Path) -> None:
+        self._root: Any = zarr.open_group(path, mode="r")
+        self._read: dict[str, Values] = {}
+
+    def __getitem__(self, stream: str) -> Values:
+        folder = stream if stream in ("weights", "updates") else f"gradients/{stream}"
+        return self._array(f"{folder}/value")
+
+    def scalar(self, name: str) -> Values:
+        return self._array(f"scalars/{name}")
+
+    def _array(self, key: str) -> Values:
+        if key not in self._read:
+            self._read[key] = np.asarray(self._root[key][:], np.float64)
+        return self._read[key]
+
+
+@cache
+def read_rows(path: Path) -> Rows:
+    return Rows(path)
+
+
+def random_run(path: Path, **options: Any) -> Path:
+    """A run of 6 updates of random numbers, clipped in three of them, with every stream."""
+    draw = np.random.default_rng(options.pop("seed", 0)).standard_normal
+    total, size = 6, TABLE.num_parameters
+    gradients = draw((total, size)).astype("f4")
+    decay = np.tile([0.01, 0.3], (total, 1)) * np.arange(1, total + 1)[:, None]
+    scalars = {
+        "loss": draw(total),
+        "lr": np.full(total, 0.1),
+        "clip_factor": np.array([1.0, 0.5, np.nan, 0.25, 1.0, 0.125]),
+        "grad_norm_by_tensor": norms(gradients.astype(np.float64)),
+        "group_lr": np.full((total, 2), 0.1),
+        "group_momentum": np.full((total, 2), 0.9),
+        "group_weight_decay": decay,
+    }
+    streams = {
+        "weights": draw((total + 1, size)).astype("f4"),
+        "minibatch": gradients,
+        "updates": draw((total, size)).astype("f4"),
+        "fixed": draw((total + 1, 3, size)).astype("f4"),
+    }
+    initial = norms(streams["weights"][0].astype(np.float64))
+    options.setdefault("initial_norm_by_tensor", initial.tolist())
+    return write_run(path, streams, scalars=scalars, **options)

@@ -1,0 +1,426 @@
+"""The table: every column against one line of numpy on rows that zarr-python read, and its file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from numpy.linalg import norm
+
+from analyze.tables import (
+    GROUPINGS,
+    check_writable,
+    concatenate,
+    group_tensors,
+    measure_run,
+    read_metadata,
+    read_table,
+    schema,
+    write_table,
+)
+from capture.store import InputError, UnfinishedError, UnknownNameError, UsageError, WriteError
+from tests.analyze.recorded import OPTIMIZER, TABLE, Values, random_run, read_rows, write_run
+
+# The columns of the contract, in order.
+COLUMNS = [
+    *("run", "stream", "step", "epoch", "batch", "group", "reference", "num_parameters"),
+    *("norm_dist", "norm_grad", "dot_prod", "rsi", "eb", "cosine", "angle_deg", "lolr"),
+    *("cosine_null", "lolr_null", "z"),
+    *("norm_grad_wd", "dot_prod_wd", "rsi_wd", "eb_wd", "cosine_wd", "angle_deg_wd", "lolr_wd"),
+    *("norm_update", "dot_prod_update", "cosine_update", "lolr_update"),
+    *("loss", "lr", "clip_factor", "nonfinite"),
+]
+
+# Coordinates of each group of `TABLE`.
+GROUPS: dict[str, dict[str, list[int]]] = {
+    "model": {"model": list(range(25))},
+    "layer": {
+        "body.0": list(range(16)),
+        "head": list(range(16, 24)),
+        "scale": [24],
+    },
+    "tensor": {
+        "body.0.weight": list(range(12)),
+        "body.0.bias": list(range(12, 16)),
+        "head.weight": list(range(16, 24)),
+        "scale": [24],
+    },
+}
+# The parameter group of each coordinate; the last one is not updated.
+PARAMETER_GROUP = np.repeat([0, 1, 0, -1], [12, 4, 8, 1])
+
+
+def dense_gradient(g: Values, w: Values, reference: Values, decay: Values) -> dict[str, float]:
+    e, h = w - reference, g + decay * w
+    return {
+        "norm_dist": norm(e),
+        "norm_grad": norm(g),
+        "dot_prod": g @ e,
+        "rsi": g @ e / norm(e) ** 2,
+        "eb": norm(g) / norm(e),
+        "cosine": g @ e / norm(g) / norm(e),
+        "angle_deg": np.degrees(np.arccos(g @ e / norm(g) / norm(e))),
+        "lolr": g @ e / norm(g) ** 2,
+        "z": g @ e / norm(g * e),
+        "norm_grad_wd": norm(h),
+        "dot_prod_wd": h @ e,
+        "rsi_wd": h @ e / norm(e) ** 2,
+        "eb_wd": norm(h) / norm(e),
+        "cosine_wd": h @ e / norm(h) / norm(e),
+        "angle_deg_wd": np.degrees(np.arccos(h @ e / norm(h) / norm(e))),
+        "lolr_wd": h @ e / norm(h) ** 2,
+    }
+
+
+def dense_update(u: Values, w: Values, reference: Values) -> dict[str, float]:
+    e = w - reference
+    return {
+        "norm_dist": norm(e),
+        "norm_update": norm(u),
+        "dot_prod_update": u @ e,
+        "cosine_update": u @ e / norm(u) / norm(e),
+        "lolr_update": -(u @ e) / norm(u) ** 2,
+    }
+
+
+def decay_at(path: Path, step: int) -> Values:
+    """λ of each coordinate; at w_T that of the last update."""
+    by_group = read_rows(path).scalar("group_weight_decay")
+    decay: Values = np.append(by_group[min(step, len(by_group) - 1)], 0.0)[PARAMETER_GROUP]
+    return decay
+
+
+def dense_row(path: Path, row: dict[str, Any], place: list[int]) -> dict[str, float]:
+    rows, step = read_rows(path), row["step"]
+    w = rows["weights"][step][place]
+    reference = rows["weights"][-1 if row["reference"] == "final" else 2][place]
+    if row["stream"] == "updates":
+        return dense_update(rows["updates"][step][place], w, reference)
+    if row["stream"] == "fixed":
+        g = rows["fixed"][step, row["batch"]]
+    else:
+        factor = rows.scalar("clip_factor")[step]
+        g = rows["minibatch"][step] / (1 if np.isnan(factor) else factor)
+    return dense_gradient(g[place], w, reference, decay_at(path, step)[place])
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_run(tmp_path_factory.mktemp("tables") / "run.zarr")
+
+
+@pytest.fixture(scope="module")
+def tables(recorded: Path) -> dict[str, pa.Table]:
+    return measure_run(str(recorded), ["final", "step:2"], by=GROUPINGS)
+
+
+@pytest.mark.parametrize("by", GROUPINGS)
+def test_every_number_is_the_dense_one(
+    recorded: Path, tables: dict[str, pa.Table], by: str
+) -> None:
+    # Warnings off: at w* itself numpy divides by 0 where the table says NaN.
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for row in tables[by].to_pylist():
+            place = GROUPS[by][row["group"]]
+            assert row["num_parameters"] == len(place)
+            for name, value in dense_row(recorded, row, place).items():
+                expected = value if np.isfinite(value) else np.nan
+                # 25 products in another order; near 0° an arccos doubles the lost digits.
+                tolerance = 1e-5 if "angle" in name else 1e-12
+                assert row[name] == pytest.approx(expected, rel=tolerance, abs=1e-12, nan_ok=True)
+
+
+def test_columns_order_and_types_are_those_of_the_contract(tables: dict[str, pa.Table]) -> None:
+    table = tables["layer"]
+    assert table.column_names == COLUMNS
+    texts, whole = {"run", "stream", "group", "reference"}, {"step", "batch", "num_parameters"}
+    for field in table.schema:
+        kind = pa.string() if field.name in texts else pa.float64()
+        kind = pa.int64() if field.name in {*whole, "nonfinite"} else kind
+        assert field.type == kind
+        assert field.nullable == (field.name in {"epoch", "batch"})
+        assert set(field.metadata) == {b"unit", b"formula"}
+    assert schema().equals(table.schema, check_metadata=False)
+
+
+def test_there_is_one_row_per_stream_step_batch_group_and_reference(
+    tables: dict[str, pa.Table],
+) -> None:
+    keys = ["run", "stream", "step", "batch", "group", "reference"]
+    for by, table in tables.items():
+        found = [tuple(row[key] for key in keys) for row in table.select(keys).to_pylist()]
+        assert len(set(found)) == len(found)
+        # 6 minibatches, 6 updates, 7 × 3 fixed batches; two references.
+        assert len(found) == (6 + 6 + 21) * len(GROUPS[by]) * 2
+    first = tables["layer"].slice(0, 3).to_pylist()
+    assert [row["stream"] for row in first] == ["fixed"] * 3
+    assert [(row["group"], row["reference"]) for row in first] == [
+        ("body.0", "final"),
+        ("body.0", "step:2"),
+        ("head", "final"),
+    ]
+
+
+def test_streams_fill_the_columns_that_apply_to_them(tables: dict[str, pa.Table]) -> None:
+    of_update = {name for name in COLUMNS if name.endswith("_update")} | {"norm_dist"}
+    of_null = {"cosine_null", "lolr_null"}
+    measured = set(COLUMNS[8:-4])
+    for row in tables["model"].to_pylist():
+        filled = {name for name in measured if not np.isnan(row[name])}
+        if row["step"] in (2, 6):
+            continue
+        if row["stream"] == "updates":
+            assert filled == of_update
+        elif row["stream"] == "fixed":
+            assert filled == measured - (of_update - {"norm_dist"}) - of_null
+        else:
+            assert filled == measured - (of_update - {"norm_dist"})
+
+
+def test_keys_and_scalars_stand_beside_their_step(
+    recorded: Path, tables: dict[str, pa.Table]
+) -> None:
+    rows = read_rows(recorded)
+    for row in tables["model"].to_pylist():
+        assert row["run"] == str(recorded)
+        assert row["epoch"] == 0.5
+        assert (row["batch"] is None) == (row["stream"] != "fixed")
+        for name in ("loss", "lr", "clip_factor"):
+            values = np.append(rows.scalar(name), np.nan)
+            assert row[name] == pytest.approx(values[row["step"]], rel=0, nan_ok=True)
+
+
+def test_the_null_is_in_units_of_the_unclipped_gradient(
+    tmp_path: Path, tables: dict[str, pa.Table]
+) -> None:
+    """The same path, told that nothing was clipped: γ⁰ stays, a_t is of the longer gradient."""
+    path = random_run(tmp_path / "run.zarr")
+    plain = read_rows(path)
+    streams = {name: plain[name].astype("f4") for name in ("weights", "minibatch")}
+    names = ("grad_norm_by_tensor", "group_lr", "group_momentum", "group_weight_decay")
+    write_run(
+        tmp_path / "unclipped.zarr",
+        streams,
+        scalars={name: plain.scalar(name) for name in names},
+        initial_norm_by_tensor=[norm(plain["weights"][0][i]) for i in GROUPS["tensor"].values()],
+    )
+    other = measure_run(str(tmp_path / "unclipped.zarr"))["model"].to_pylist()
+    clipped = [
+        row
+        for row in tables["model"].to_pylist()
+        if row["stream"] == "minibatch" and row["reference"] == "final"
+    ]
+    for row, without in zip(clipped, other, strict=True):
+        factor = 1.0 if np.isnan(row["clip_factor"]) else row["clip_factor"]
+        assert row["cosine_null"] == pytest.approx(without["cosine_null"], rel=1e-14)
+        assert row["lolr_null"] == pytest.approx(without["lolr_null"] * factor, rel=1e-14)
+
+
+def rows_of(path: Path, **options: Any) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = measure_run(str(path), **options)["model"].to_pylist()
+    return rows
+
+
+def test_an_optimizer_that_maximizes_turns_the_gradient(tmp_path: Path) -> None:
+    turned = random_run(tmp_path / "run.zarr", optimizer={**OPTIMIZER, "maximize": True})
+    rows = read_rows(turned)
+    for row in rows_of(turned, streams=["fixed"]):
+        step = row["step"]
+        g, w = -rows["fixed"][step, row["batch"]], rows["weights"][step]
+        if step < 6:
+            dense = dense_gradient(g, w, rows["weights"][-1], decay_at(turned, step))
+            for name in ("cosine", "lolr", "z", "cosine_wd", "dot_prod_wd"):
+                assert row[name] == pytest.approx(dense[name], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("decoupled", "_wd equals the plain"), ("unknown", "_wd columns are NaN")]
+)
+def test_decay_that_is_no_part_of_the_gradient(tmp_path: Path, kind: str, words: str) -> None:
+    adam = {**OPTIMIZER, "name": "AdamW", "kind": "other", "weight_decay": kind}
+    path = random_run(tmp_path / "run.zarr", optimizer=adam)
+    table = measure_run(str(path), streams=["minibatch"])["model"]
+    for name in (name for name in COLUMNS if name.endswith("_wd")):
+        decayed, plain = table[name].to_numpy(), table[name.removesuffix("_wd")].to_numpy()
+        if kind == "decoupled":
+            assert decayed.tobytes() == plain.tobytes()
+        else:
+            assert np.isnan(decayed).all()
+    metadata = read_metadata(table)
+    assert words in metadata["runs"][0]["weight_decay"]
+    assert metadata["null"] == {f"{path}|final": metadata["null"][f"{path}|final"]}
+    assert metadata["null"][f"{path}|final"].startswith("no null: AdamW")
+    assert np.isnan(table["cosine_null"].to_numpy()).all()
+
+
+def test_a_run_without_scalars_is_measured_without_them(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0).standard_normal
+    streams = {"weights": draw((3, 25)).astype("f4"), "minibatch": draw((2, 25)).astype("f4")}
+    path = write_run(tmp_path / "run.zarr", streams, epoch=None)
+    for row in rows_of(path):
+        assert np.isfinite(row["cosine"])
+        assert row["epoch"] is None
+        missing = ("cosine_wd", "cosine_null", "loss", "lr", "clip_factor")
+        assert all(np.isnan(row[name]) for name in missing)
+    metadata = read_metadata(measure_run(str(path))["model"])
+    assert "no every-step scalars" in metadata["null"][f"{path}|final"]
+    assert metadata["runs"][0]["weight_decay"].startswith("not recorded")
+
+
+def test_undefined_ratios_are_counted_where_they_apply(tables: dict[str, pa.Table]) -> None:
+    counts = read_metadata(tables["model"])["nan"]
+    # At w*: w_6 in 3 fixed batches; w_2 in 3 fixed batches, the minibatch and the update.
+    assert counts["cosine"] == counts["rsi"] == 7
+    assert counts["cosine_update"] == 1
+    assert counts["norm_dist"] == counts["norm_grad"] == 0
+    # w_2 is its own reference once.
+    assert counts["cosine_null"] == 1
+
+
+def test_non_finite_numbers_give_nan_and_a_count(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0).standard_normal
+    streams = {"weights": draw((4, 25)).astype("f4"), "minibatch": draw((3, 25)).astype("f4")}
+    streams["minibatch"][1, [0, 13]] = np.nan, np.inf
+    streams["weights"][2, 20] = -np.inf
+    path = write_run(tmp_path / "run.zarr", streams)
+    first, second, third = rows_of(path)
+    assert (first["nonfinite"], second["nonfinite"], third["nonfinite"]) == (0, 2, 1)
+    assert np.isfinite(second["norm_dist"])
+    assert np.isnan([second[name] for name in ("norm_grad", "cosine", "lolr", "z")]).all()
+    assert np.isfinite(third["norm_grad"])
+    assert np.isnan([third[name] for name in ("norm_dist", "rsi", "cosine")]).all()
+    by_layer = measure_run(str(path), by=["layer"])["layer"].slice(3, 3).to_pylist()
+    assert [(row["group"], row["nonfinite"]) for row in by_layer] == [
+        ("body.0", 2),
+        ("head", 0),
+        ("scale", 0),
+    ]
+    assert np.isfinite(by_layer[1]["cosine"])
+
+
+def test_weights_alone_have_a_distance_and_nothing_else(tmp_path: Path) -> None:
+    weights = np.arange(75).reshape(3, 25).astype("f4")
+    path = write_run(tmp_path / "run.zarr", {"weights": weights})
+    found = rows_of(path)
+    assert [row["norm_dist"] for row in found] == [250.0, 125.0, 0.0]
+    assert all(np.isnan(row["cosine"]) and np.isnan(row["norm_grad"]) for row in found)
+
+
+def test_layers_are_module_paths_and_a_root_tensor_is_its_own() -> None:
+    labels, groups = group_tensors(TABLE, "layer")
+    assert labels == ["body.0", "head", "scale"]
+    assert groups.tolist() == [0, 0, 1, 2]
+
+
+def test_several_runs_make_one_table(tmp_path: Path, recorded: Path) -> None:
+    adam = {**OPTIMIZER, "kind": "other", "name": "Adam"}
+    other = random_run(tmp_path / "other.zarr", seed=1, optimizer=adam)
+    parts = [measure_run(str(path), streams=["minibatch"])["model"] for path in (recorded, other)]
+    both = concatenate(parts)
+    assert both.slice(0, 6).to_pandas().equals(parts[0].to_pandas())
+    assert both.slice(6).to_pandas().equals(parts[1].to_pandas())
+    metadata = read_metadata(both)
+    assert [entry["run"] for entry in metadata["runs"]] == [str(recorded), str(other)]
+    assert metadata["null"][f"{recorded}|final"].startswith("exact for SGD with momentum")
+    assert metadata["null"][f"{other}|final"].startswith("no null: Adam")
+
+
+def test_two_groupings_of_one_run_name_it_once(tables: dict[str, pa.Table]) -> None:
+    metadata = read_metadata(concatenate([tables["model"], tables["layer"]]))
+    assert len(metadata["runs"]) == 1
+    assert metadata["by"] == "model+layer"
+
+
+# The file.
+
+
+def test_a_file_gives_the_table_back_and_equal_tables_equal_files(
+    recorded: Path, tables: dict[str, pa.Table], tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first.parquet", tmp_path / "second.parquet"
+    write_table(tables["tensor"], first)
+    again = measure_run(str(recorded), ["final", "step:2"], by=["tensor"], workers=1)["tensor"]
+    write_table(again, second)
+    assert first.read_bytes() == second.read_bytes()
+    back = read_table(first)
+    assert back.schema.equals(tables["tensor"].schema, check_metadata=True)
+    assert back.to_pandas().equals(tables["tensor"].to_pandas())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first.parquet", "second.parquet"]
+
+
+def test_units_formulas_and_facts_are_in_the_file(
+    recorded: Path, tables: dict[str, pa.Table], tmp_path: Path
+) -> None:
+    write_table(tables["model"], tmp_path / "table.parquet")
+    found = pq.read_schema(tmp_path / "table.parquet")
+    assert found.field("angle_deg").metadata[b"unit"] == b"degrees"
+    assert found.field("rsi").metadata[b"formula"].decode() == "⟨g, e⟩ / ‖e‖²"
+    document = json.loads(found.metadata[b"straightway"])
+    assert document["sign"] == "γ > 0: a step along -g starts out towards w*."
+    assert document["runs"][0]["run"] == str(recorded)
+    assert document["runs"][0]["num_parameters"] == 25
+    assert document["runs"][0]["final_step"] == 6
+    assert document["runs"][0]["status"] == "complete"
+    assert document["runs"][0]["optimizer"]["name"] == "SGD"
+
+
+def test_pandas_reads_nullable_batches(tables: dict[str, pa.Table], tmp_path: Path) -> None:
+    write_table(tables["model"], tmp_path / "table.parquet")
+    frame = pq.read_table(tmp_path / "table.parquet").to_pandas()
+    assert frame.groupby("stream")["batch"].nunique().to_dict() == {
+        "fixed": 3,
+        "minibatch": 0,
+        "updates": 0,
+    }
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 no table", None])
+def test_what_is_no_table_is_refused_by_name(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "table.parquet"
+    if content is None:
+        pq.write_table(pa.table({"cosine": [1.0]}), path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"table.*table\.parquet"):
+        read_table(path)
+
+
+def test_a_table_of_another_version_is_refused(tables: dict[str, pa.Table], tmp_path: Path) -> None:
+    document = {**read_metadata(tables["model"]), "table": 99}
+    newer = tables["model"].replace_schema_metadata({"straightway": json.dumps(document)})
+    write_table(newer, tmp_path / "table.parquet")
+    with pytest.raises(InputError, match="not a table of this version"):
+        read_table(tmp_path / "table.parquet")
+
+
+def test_where_nothing_can_be_written_is_said_before(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(UsageError, match="it is no file"):
+        check_writable(tmp_path)
+    with pytest.raises(WriteError, match="file/table"):
+        check_writable(tmp_path / "file" / "table.parquet")
+    check_writable(tmp_path / "new" / "folder" / "table.parquet")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+def test_unknown_names_and_unfinished_runs_are_refused(tmp_path: Path, recorded: Path) -> None:
+    with pytest.raises(UnknownNameError, match="no stream 'heldout'"):
+        measure_run(str(recorded), streams=["heldout"])
+    with pytest.raises(UnknownNameError):
+        measure_run(str(recorded), ["step:99"])
+    unfinished = random_run(tmp_path / "run.zarr", complete=False)
+    with pytest.raises(UnfinishedError):
+        measure_run(str(unfinished))
+    table = measure_run(str(unfinished), ["step:5"], streams=["minibatch"])["model"]
+    assert read_metadata(table)["runs"][0]["status"] == "recording"
+    # The null up to w_5 is there, as in the finished run.
+    assert np.isfinite(table["cosine_null"].to_numpy()[:5]).all()
+
+
+def test_the_name_of_the_run_is_as_typed(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(recorded.parent)
+    table = measure_run("./run.zarr/", streams=["minibatch"])["model"]
+    assert set(table["run"].to_pylist()) == {"./run.zarr/"}

@@ -1,0 +1,132 @@
+"""The verdict: which rows count where, and what it says in words."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from analyze.tables import measure_run, schema
+from analyze.verdict import part_of, verdict
+from tests.analyze.recorded import Values, random_run, write_run
+
+TOTAL = 100
+
+
+def table_of(
+    cosine: Values, null: float, reason: str, *, stream: str = "minibatch", reference: str = "final"
+) -> pa.Table:
+    """A table of the whole model at steps 0, 1, …, all else NaN."""
+    count = len(cosine)
+    column = "cosine_update" if stream == "updates" else "cosine"
+    filled = {
+        "run": ["runs/a.zarr"] * count,
+        "stream": [stream] * count,
+        "group": ["model"] * count,
+        "reference": [reference] * count,
+        "step": np.arange(count),
+        "num_parameters": np.full(count, 1234),
+        "nonfinite": np.zeros(count, np.int64),
+        column: cosine,
+        "cosine_null": np.full(count, null),
+        "batch": pa.nulls(count, pa.int64()),
+    }
+    arrays = [
+        pa.array(filled[field.name] if field.name in filled else np.full(count, np.nan), field.type)
+        for field in schema()
+    ]
+    document = {
+        "runs": [{"run": "runs/a.zarr", "final_step": TOTAL, "num_parameters": 1234}],
+        "null": {f"runs/a.zarr|{reference}": reason},
+    }
+    table = pa.Table.from_arrays(arrays, schema=schema())
+    return table.replace_schema_metadata({"straightway": json.dumps(document)})
+
+
+def line_of(text: str, part: str) -> list[str]:
+    return next(line.split() for line in text.splitlines() if f" {part} " in line)
+
+
+def test_the_parts_are_thirds_of_what_comes_before_the_end_effect() -> None:
+    parts = part_of(np.arange(101), "final", 100)
+    assert [
+        int(np.flatnonzero(parts == part)[0]) for part in ("early", "middle", "late", "end")
+    ] == [
+        *(0, 30, 60, 90),
+    ]
+    assert parts[-1] == "end"
+
+
+def test_a_reference_on_the_way_has_its_own_end_and_an_after() -> None:
+    parts = part_of(np.arange(101), "step:50", 100)
+    assert [int((parts == part).sum()) for part in ("early", "middle", "late", "end", "after")] == [
+        *(15, 15, 15, 6, 50),
+    ]
+
+
+def test_a_reference_elsewhere_has_no_end_effect() -> None:
+    parts = part_of(np.arange(99), "file:other.safetensors", 99)
+    assert [int((parts == part).sum()) for part in ("early", "middle", "late")] == [33, 33, 33]
+
+
+def test_medians_quantiles_ratio_and_fraction_of_each_part() -> None:
+    # 0.00 … 0.29 early, all -0.1 in the middle, 0.4 late, and 1 in the tail that may not count.
+    early = np.arange(30) / 100
+    cosine = np.concatenate([early, np.full(30, -0.1), np.full(30, 0.4), np.ones(10)])
+    text = verdict(table_of(cosine, 0.25, "exact for SGD"))
+    # Quantiles by linear interpolation: 0.145, 0.029, 0.261.
+    assert line_of(text, "early") == [
+        *("minibatch", "early", "30", "0.145", "[0.029,", "0.261]", "0.25"),
+        *("0.58", "[0.116,", "1.04]", "0", "%"),
+    ]
+    assert line_of(text, "middle")[2:4] == ["30", "-0.1"]
+    assert line_of(text, "middle")[-2:] == ["100", "%"]
+    assert line_of(text, "late")[7] == "1.6"
+    assert "left out: the last 10 % before w*, t = 90 to 100 (10 rows)" in text
+    assert "runs/a.zarr   w* = final   T = 100 updates   D = 1,234" in text
+    assert "γ⁰: exact for SGD" in text
+    assert "γ > 0: a step along -g starts out towards w*." in text
+    assert "no confidence interval" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_no_null_is_said_with_its_reason() -> None:
+    text = verdict(table_of(np.full(100, 0.1), np.nan, "no null: Adam has no closed form"))
+    assert line_of(text, "early") == ["minibatch", "early", "30", "0.1", "[0.1,", "0.1]", "–", "–", "0", "%"]  # fmt: skip  # noqa: E501
+    assert "γ⁰: no null: Adam has no closed form" in text
+
+
+def test_undefined_rows_are_left_out_and_counted() -> None:
+    cosine = np.full(100, 0.1)
+    cosine[[3, 40]] = np.nan
+    text = verdict(table_of(cosine, 0.1, "exact"))
+    assert line_of(text, "early")[2] == "29"
+    assert line_of(text, "middle")[2] == "29"
+    assert "undefined: 2 rows" in text
+
+
+def test_an_update_towards_the_reference_counts_as_positive() -> None:
+    text = verdict(table_of(np.full(100, -0.7), np.nan, "exact", stream="updates"))
+    assert line_of(text, "early")[3] == "0.7"
+    assert line_of(text, "early")[-2:] == ["0", "%"]
+    assert "updates: -cos(u, e)" in text
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_short_run_shows_empty_parts_as_such(count: int) -> None:
+    text = verdict(table_of(np.full(count, 0.5), 0.1, "exact"))
+    assert line_of(text, "late") == ["minibatch", "late", "0", *("–",) * 4]
+
+
+def test_a_run_that_has_not_finished_says_so(tmp_path: Path) -> None:
+    path = random_run(tmp_path / "run.zarr", complete=False)
+    text = verdict(measure_run(str(path), ["step:5"])["model"])
+    assert "T = 6 updates so far, the run has not finished" in text
+
+
+def test_a_run_of_weights_alone_has_no_verdict(tmp_path: Path) -> None:
+    weights = np.arange(75).reshape(3, 25).astype("f4")
+    path = write_run(tmp_path / "run.zarr", {"weights": weights})
+    text = verdict(measure_run(str(path))["model"])
+    assert "no gradients or updates: see norm_dist in the table" in text
