@@ -8,6 +8,8 @@ The method is that of V. Gopal et al., "Fast CRC Computation for Generic Polynom
 Instruction" (Intel, 2009): 128 bits move on by d bits when their halves are multiplied with
 x^(d+32) and x^(d-32) modulo the polynomial. The 256 bytes that remain go through the processor's
 own crc32 instruction, so that no last reduction has to be written.
+
+Numba keeps the compiled kernels by the age of `moments.py` alone: after a change here, touch it.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ WITHOUT_GRADIENT = ("ee", "we", "ww")
 
 # Coordinates that are checked and summed before going on: three such pieces fit the second-level
 # cache. Part of the result, since sums depend on their order: never derive it from the machine.
-TILE = 16_384
+TILE = 32_768
 
 _ALL, _GEOMETRY, _WITHOUT_GRADIENT = 0, 1, 2
 _KINDS = {MOMENTS: _ALL, GEOMETRY: _GEOMETRY, WITHOUT_GRADIENT: _WITHOUT_GRADIENT}

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import dask
 from dask.callbacks import Callback
 
-from capture.store import InputError, UsageError
+from capture.store import InputError, StraightwayError, UsageError
 
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
@@ -97,6 +97,12 @@ def _run_on_cluster(
             ):
                 results[place[future.key]] = result
                 report(len(results), len(tasks))
+        except distributed.KilledWorker as error:
+            raise StraightwayError(
+                "the workers of the cluster died over the same block several times",
+                where=address,
+                fix="see their logs, and whether they have memory enough",
+            ) from error
         finally:
             client.cancel(futures)
     return [results[number] for number in range(len(tasks))]

@@ -1,28 +1,36 @@
 """The run store: the format, its writer and its reader. numpy, zarr and safetensors; no torch.
 
-The format is written down in README.md beside this file.
+The format is written down in README.md beside this file. Public names are resolved when first
+used, so that a command's help does not wait for numpy.
 """
 
-from capture.store.errors import (
-    DamagedError,
-    InputError,
-    LockedError,
-    MismatchError,
-    NotARunError,
-    StraightwayError,
-    UnfinishedError,
-    UnknownNameError,
-    UnsupportedModelError,
-    UsageError,
-    WriteError,
-)
-from capture.store.export import export_state_dict
-from capture.store.layout import ChunkGrid
-from capture.store.queue import SnapshotQueue
-from capture.store.reader import MappedShard, Run, Stream, open_run
-from capture.store.shard import ShardLayout, Staging
-from capture.store.tensors import Tensor, TensorTable
-from capture.store.writer import RunWriter
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from capture.store.errors import (
+        DamagedError,
+        InputError,
+        LockedError,
+        MismatchError,
+        NotARunError,
+        StraightwayError,
+        UnfinishedError,
+        UnknownNameError,
+        UnsupportedModelError,
+        UsageError,
+        WriteError,
+    )
+    from capture.store.export import export_state_dict
+    from capture.store.layout import ChunkGrid
+    from capture.store.queue import SnapshotQueue
+    from capture.store.reader import MappedShard, Run, Stream, open_run
+    from capture.store.shard import ShardLayout, Staging
+    from capture.store.tensors import Tensor, TensorTable
+    from capture.store.verify import Verification, verify_run
+    from capture.store.writer import RunWriter
 
 __all__ = [
     "ChunkGrid",
@@ -45,7 +53,32 @@ __all__ = [
     "UnknownNameError",
     "UnsupportedModelError",
     "UsageError",
+    "Verification",
     "WriteError",
     "export_state_dict",
     "open_run",
+    "verify_run",
 ]
+
+_HOMES = {
+    "export_state_dict": "export",
+    "ChunkGrid": "layout",
+    "SnapshotQueue": "queue",
+    "MappedShard": "reader",
+    "Run": "reader",
+    "Stream": "reader",
+    "open_run": "reader",
+    "ShardLayout": "shard",
+    "Staging": "shard",
+    "Tensor": "tensors",
+    "TensorTable": "tensors",
+    "Verification": "verify",
+    "verify_run": "verify",
+    "RunWriter": "writer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)

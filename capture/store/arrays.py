@@ -15,7 +15,7 @@ import numpy as np
 from crc32c import crc32c
 from numpy.typing import NDArray
 
-from capture.store.errors import DamagedError
+from capture.store.errors import RESTORE, DamagedError
 from capture.store.files import make_folders, read_confined, remove, write_durably, write_json
 from capture.store.layout import METADATA, small_chunk_rows, small_document
 
@@ -71,13 +71,21 @@ class SmallArray:
             raise DamagedError(
                 f"shape {list(stored.shape)} where {rows} rows of {list(self._columns)} must be",
                 where=self.folder,
+                fix=RESTORE,
             )
         self._rows = rows
         tail = rows % self._chunk_rows
         self._tail[:tail] = stored[rows - tail :]
-        self._written = -1
-        self.flush(scratch)
-        last = -(-rows // self._chunk_rows)
+        # The shape first: while it went too far, it would show NaN for what is cut off.
+        self._write_shape(scratch)
+        if tail:
+            self._write_chunk(rows // self._chunk_rows, scratch)
+        self._written = rows
+        self.trim()
+
+    def trim(self) -> None:
+        """Remove chunks that lie beyond the last row."""
+        last = -(-self._rows // self._chunk_rows)
         for path in (self.folder / "c").glob("*"):
             if path.name.isdigit() and int(path.name) >= last:
                 remove(path)
@@ -106,9 +114,11 @@ def read_small(root: Path, relative: str) -> NDArray[Any]:
         dtype = np.dtype(str(document["data_type"])).newbyteorder("<")
         expected = small_document(shape, dtype, document["dimension_names"])
     except (KeyError, TypeError, ValueError) as error:
-        raise DamagedError("no metadata of an array of this store", where=path) from error
+        what = "no metadata of an array of this store"
+        raise DamagedError(what, where=path, fix=RESTORE) from error
     if document != expected:
-        raise DamagedError("the metadata are not those of an array of this store", where=path)
+        what = "the metadata are not those of an array of this store"
+        raise DamagedError(what, where=path, fix=RESTORE)
     rows = small_chunk_rows(shape[1:])
     values = np.empty((-(-shape[0] // rows) * rows, *shape[1:]), dtype)
     for chunk in range(len(values) // rows):
@@ -123,11 +133,11 @@ def read_document(root: Path, relative: str) -> dict[str, Any]:
     """Read a JSON object below `root`; `DamagedError` where it is none."""
     try:
         document = json.loads(read_confined(root, relative))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         where = root / relative
-        raise DamagedError("the metadata are no JSON", where=where, fix="restore it") from error
+        raise DamagedError("the metadata are no JSON", where=where, fix=RESTORE) from error
     if not isinstance(document, dict):
-        raise DamagedError("the metadata are no JSON object", where=root / relative)
+        raise DamagedError("the metadata are no JSON object", where=root / relative, fix=RESTORE)
     return document
 
 
@@ -139,7 +149,7 @@ def _read_chunk(root: Path, key: str, dtype: np.dtype[Any], shape: tuple[int, ..
         raise DamagedError(
             "the chunk does not match its checksum",
             where=root / key,
-            fix="restore the file from a copy of the run",
+            fix=RESTORE,
         )
     return np.frombuffer(body, dtype).reshape(shape)
 

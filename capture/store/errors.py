@@ -19,6 +19,9 @@ from __future__ import annotations
 
 from os import PathLike
 
+# What to do about bytes that are gone.
+RESTORE = "restore the file from a copy of the run, or record the run again"
+
 
 class StraightwayError(Exception):
     """An error with a cause that the user can see and mend.
@@ -37,7 +40,8 @@ class StraightwayError(Exception):
         message = what if where is None else f"{what}: {self.where}"
         if fix is not None:
             message = f"{message}; {fix}"
-        super().__init__(" ".join(message.split()))
+        # Only the line ends go: a path may have two spaces in a row.
+        super().__init__(" ".join(message.splitlines()))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors travel between Dask workers, and keyword arguments do not survive the default.

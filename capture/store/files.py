@@ -13,16 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from capture.store.errors import DamagedError, LockedError, WriteError
+from capture.store.errors import RESTORE, DamagedError, InputError, LockedError, WriteError
 
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "free space, then continue with --resume"),
     errno.EDQUOT: ("the disk quota is used up", "free space, then continue with --resume"),
-    errno.EFBIG: ("the file would be larger than this file system or limit allows", "raise it"),
+    errno.EFBIG: ("the file would be larger than is allowed", "raise the limit (ulimit -f)"),
     errno.EROFS: ("the file system is read-only", "choose another place"),
     errno.EACCES: ("no permission to write", "choose another place or mend the permissions"),
     errno.EPERM: ("no permission to write", "choose another place or mend the permissions"),
     errno.ENOTDIR: ("a part of the path is a file", "choose another place"),
+    errno.ENAMETOOLONG: ("the path is too long", "choose a shorter one"),
+    errno.ENOLCK: ("this file system has no locks", "choose another place"),
     errno.EIO: ("the disk reported an error", "check the disk"),
 }
 
@@ -33,7 +35,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason, fix = _REASONS.get(error.errno or 0, (str(error), "see the system's message"))
+        unknown = (error.strerror or str(error), "see the system's message")
+        reason, fix = _REASONS.get(error.errno or 0, unknown)
         raise WriteError(f"cannot write, {reason}", where=path, fix=fix) from error
 
 
@@ -100,10 +103,13 @@ def write_json(path: Path, document: Any, scratch: Path) -> None:
 def open_confined(root: Path, relative: str) -> int:
     """Open a regular file below `root` for reading and return its descriptor.
 
-    No component below `root` may be a symbolic link, so a hostile store cannot lead elsewhere.
-    `DamagedError` where the file is missing, a folder, a link, or no regular file.
+    No component below `root` may be a symbolic link or lead upwards, so a hostile store cannot
+    lead elsewhere. `DamagedError` where the file is missing, a folder, a link, or no regular file;
+    `InputError` where the system refuses to open it.
     """
     *folders, name = relative.split("/")
+    if "\0" in relative or not {"", ".", ".."}.isdisjoint((*folders, name)):
+        raise DamagedError(f"the run names a file {relative!r}", where=root, fix=RESTORE)
     opened: list[int] = []
     try:
         current = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
@@ -115,13 +121,13 @@ def open_confined(root: Path, relative: str) -> int:
         # O_NONBLOCK: a named pipe in a shard's place must not hang the reader.
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=current)
     except OSError as error:
-        raise DamagedError(_why_not_opened(error), where=root / relative) from error
+        raise _not_opened(error, root / relative) from error
     finally:
         for folder_descriptor in opened:
             os.close(folder_descriptor)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise DamagedError("not a regular file", where=root / relative)
+        raise DamagedError("not a regular file", where=root / relative, fix=RESTORE)
     return descriptor
 
 
@@ -132,15 +138,19 @@ def read_confined(root: Path, relative: str) -> bytes:
         try:
             return file.read()
         except OSError as error:
-            raise DamagedError(f"cannot be read ({error})", where=root / relative) from error
+            raise _not_opened(error, root / relative) from error
 
 
-def _why_not_opened(error: OSError) -> str:
+def _not_opened(error: OSError, path: Path) -> InputError:
     if error.errno == errno.ENOENT:
-        return "the file is missing"
+        return DamagedError("the file is missing", where=path, fix=RESTORE)
     if error.errno in (errno.ELOOP, errno.ENOTDIR):
-        return "a symbolic link or a file stands where the store has none"
-    return f"cannot be opened ({error.strerror})"
+        what = "a symbolic link or a file stands where the store has none"
+        return DamagedError(what, where=path, fix=RESTORE)
+    if error.errno in (errno.ENXIO, errno.EIO):
+        return DamagedError(f"cannot be read ({error.strerror})", where=path, fix=RESTORE)
+    # Permissions, too many open files: the run itself may be whole.
+    return InputError(f"cannot be opened ({error.strerror})", where=path)
 
 
 class Lock:
@@ -150,9 +160,16 @@ class Lock:
         with writing(path):
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            with writing(path):
+                self._take(path)
+        except BaseException:
             os.close(self._descriptor)
+            raise
+
+    def _take(self, path: Path) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             raise LockedError(
                 "another process is writing this run",
                 where=path,
@@ -162,5 +179,7 @@ class Lock:
     def release(self) -> None:
         """Give the lock back; releasing twice is harmless."""
         if self._descriptor >= 0:
+            # Closing alone would leave it with workers that were forked in the meantime.
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             os.close(self._descriptor)
             self._descriptor = -1

@@ -10,7 +10,7 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from capture.store import plain
-from capture.store.errors import DamagedError
+from capture.store.errors import RESTORE, DamagedError
 from capture.store.files import read_confined, write_durably
 from capture.store.layout import FORMAT_VERSION, FROZEN, PRIVATE_FOLDER, WEIGHTS
 from capture.store.reader import Run
@@ -38,7 +38,7 @@ def read_frozen(run: Run) -> dict[str, bytes]:
         raise DamagedError(
             "the frozen tensors do not match their checksum",
             where=run.path / relative,
-            fix="restore the file from a copy of the run",
+            fix=RESTORE,
         )
     entries = plain.parse(data, str(run.path / relative))
     return {name: data[entry.start : entry.stop] for name, entry in entries.items()}

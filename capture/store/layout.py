@@ -17,18 +17,25 @@ LOCK = "lock"
 FROZEN = "frozen.safetensors"
 WEIGHTS = "weights"
 UPDATES = "updates"
+GRADIENTS = "gradients"
 SCALARS = "scalars"
+
+# The status of a run.
+RECORDING = "recording"
+COMPLETE = "complete"
 
 TARGET_CHUNK_BYTES = 4 * 2**20
 CHUNK_MULTIPLE = 16
 
-# Small arrays (coordinates, scalars) are cut into chunks of about this many elements.
+# Small arrays (coordinates, scalars) are cut into chunks of at most this many rows and about this
+# many elements. The last chunk is rewritten in full up to once a second, so it stays small.
+SMALL_CHUNK_ROWS = 1024
 SMALL_CHUNK_ELEMENTS = 32_768
 
 
 def stream_folder(stream: str) -> str:
     """Where a stream's group lies below the run: weights and updates on top, the rest together."""
-    return stream if stream in (WEIGHTS, UPDATES) else f"gradients/{stream}"
+    return stream if stream in (WEIGHTS, UPDATES) else f"{GRADIENTS}/{stream}"
 
 
 def shard_key(row: int, batch: int | None) -> str:
@@ -114,9 +121,9 @@ def small_document(
 
 
 def small_chunk_rows(columns: Sequence[int]) -> int:
-    """Rows per chunk of a small array with these trailing sizes; at least 16."""
+    """Rows per chunk of a small array with these trailing sizes: 16 to 1024."""
     width = max(1, int(np.prod(columns)))
-    return max(16, SMALL_CHUNK_ELEMENTS // width)
+    return max(16, min(SMALL_CHUNK_ROWS, SMALL_CHUNK_ELEMENTS // width))
 
 
 def _array_document(

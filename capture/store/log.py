@@ -8,18 +8,19 @@ The leading crc32c covers the rest of its own line, so a damaged line is told fr
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from crc32c import crc32c
 
-from capture.store.errors import DamagedError
+from capture.store.errors import RESTORE, DamagedError
 
 _OPENING = b'{"crc32c":"'
 _PREFIX_LENGTH = len(_OPENING) + 8 + len(b'",')
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Commit:
     """What the log says of one shard; checksums are crc32c as 8 hexadecimal digits.
 
@@ -38,7 +39,7 @@ class Commit:
 def encode(commit: Commit) -> bytes:
     """Build one line, newline included."""
     body = json.dumps(asdict(commit), separators=(",", ":")).encode()[1:]
-    return _OPENING + f"{crc32c(body):08x}".encode() + b'",' + body + b"\n"
+    return _prefix(body) + body + b"\n"
 
 
 def decode(data: bytes, path: Path) -> tuple[list[Commit], int]:
@@ -49,24 +50,53 @@ def decode(data: bytes, path: Path) -> tuple[list[Commit], int]:
     """
     lines = data.split(b"\n")
     torn = lines.pop()
-    commits = [_decode_line(line, number, path) for number, line in enumerate(lines, start=1)]
+    for number, line in enumerate(lines, start=1):
+        if line[:_PREFIX_LENGTH] != _prefix(line[_PREFIX_LENGTH:]):
+            raise DamagedError(
+                f"line {number} of the commit log is damaged", where=path, fix=RESTORE
+            )
+    # All lines in one go: a log may have very many.
+    commits = []
+    for fields in json.loads(b"[" + b",".join(lines) + b"]"):
+        del fields["crc32c"]
+        fields["chunks"] = tuple(fields["chunks"])
+        commits.append(Commit(**fields))
     return commits, len(data) - len(torn)
 
 
-def _decode_line(line: bytes, number: int, path: Path) -> Commit:
-    body = line[_PREFIX_LENGTH:]
-    if line[: len(_OPENING)] != _OPENING or _stated_checksum(line) != crc32c(body):
+def check(
+    commits: Sequence[Commit],
+    path: Path,
+    *,
+    batches: int | None,
+    num_chunks: int,
+    finished: int | None,
+) -> None:
+    """Check that rows count up without a hole; `DamagedError` where they do not.
+
+    `batches` is the stream's B, `finished` the number of lines that the log of a complete run has.
+    """
+    per_row = batches or 1
+    for number, commit in enumerate(commits):
+        batch = None if batches is None else number % per_row
+        sound = (commit.row, commit.batch) == (number // per_row, batch)
+        if batch:
+            sound = sound and commit.step == commits[number - 1].step
+        elif number:
+            sound = sound and commit.step > commits[number - 1].step
+        if not sound or len(commit.chunks) != num_chunks:
+            raise DamagedError(
+                f"line {number + 1} of the commit log does not follow from those before it",
+                where=path,
+                fix=RESTORE,
+            )
+    if finished is not None and len(commits) != finished:
         raise DamagedError(
-            f"line {number} of the commit log is damaged",
+            f"the commit log lists {len(commits)} shards, the finished run has {finished}",
             where=path,
-            fix="restore the file from a copy; the rows after it cannot be trusted without it",
+            fix=RESTORE,
         )
-    fields = json.loads(b"{" + body)
-    return Commit(**{**fields, "chunks": tuple(fields["chunks"])})
 
 
-def _stated_checksum(line: bytes) -> int:
-    try:
-        return int(line[len(_OPENING) : len(_OPENING) + 8], 16)
-    except ValueError:
-        return -1
+def _prefix(body: bytes) -> bytes:
+    return _OPENING + b'%08x",' % crc32c(body)

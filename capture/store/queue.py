@@ -31,6 +31,7 @@ class SnapshotQueue:
         self._free: dict[str, queue.SimpleQueue[Staging | None]] = {}
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="straightway-writer", daemon=True)
         self._thread.start()
 
@@ -89,12 +90,15 @@ class SnapshotQueue:
         self.check()
 
     def check(self) -> None:
-        """Raise the failure of the thread, if it failed."""
+        """Raise the failure of the thread, if it failed; `ValueError` once the queue is closed."""
         if self._failure is not None:
             raise self._failure
+        if self._closed:
+            raise ValueError("the queue is closed: nothing more can be written")
 
     def close(self) -> None:
         """End the thread after what is queued; does not raise. Closing twice is harmless."""
+        self._closed = True
         self._jobs.put(None)
         self._thread.join()
 

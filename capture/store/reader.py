@@ -16,10 +16,17 @@ from numpy.typing import NDArray
 from capture.store import log
 from capture.store.arrays import read_document, read_small
 from capture.store.attributes import read_attributes
-from capture.store.errors import DamagedError, StraightwayError, UnfinishedError, UnknownNameError
+from capture.store.errors import (
+    RESTORE,
+    DamagedError,
+    StraightwayError,
+    UnfinishedError,
+    UnknownNameError,
+)
 from capture.store.files import open_confined, read_confined
 from capture.store.layout import (
     COMMIT_LOG,
+    COMPLETE,
     METADATA,
     PRIVATE_FOLDER,
     SCALARS,
@@ -31,8 +38,6 @@ from capture.store.layout import (
 )
 from capture.store.shard import rest_checksum
 from capture.store.tensors import TensorTable
-
-_REMEDY = "restore the file from a copy of the run, or record the run again"
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -50,24 +55,21 @@ class Run:
         self.path = path
         self.name = path.resolve().name
         self.attributes: dict[str, Any] = read_attributes(path)
-        self.table = TensorTable.from_json(self.attributes["tensors"])
+        self.table = TensorTable.from_json(self.attributes["tensors"], path / METADATA)
         self.status = str(self.attributes["status"])
         self._open_streams: dict[str, Stream] = {}
-        streams = self.attributes["streams"]
-        if not isinstance(streams, dict) or WEIGHTS not in streams or not _names_are_plain(streams):
-            raise DamagedError("the list of streams is damaged", where=path / METADATA, fix=_REMEDY)
-        self._batches: dict[str, int | None] = streams
+        self._batches: dict[str, int | None] = self.attributes["streams"]
 
     @property
     def complete(self) -> bool:
         """Whether the run came to its end and `w_T` was saved."""
-        return self.status == "complete"
+        return self.status == COMPLETE
 
     @property
     def final_step(self) -> int | None:
         """T, the number of updates applied; `None` while the run is not complete."""
-        step = self.attributes["final_step"]
-        return None if step is None else int(step)
+        step: int | None = self.attributes["final_step"]
+        return step
 
     @property
     def streams(self) -> dict[str, Stream]:
@@ -107,16 +109,15 @@ class Run:
                 f"the run is complete at step {self.final_step}, but its last weights are not "
                 "of that step",
                 where=self.path,
-                fix=_REMEDY,
+                fix=RESTORE,
             )
         return row
 
     def scalar_names(self) -> list[str]:
         """Names of the every-step scalars."""
         if self.complete:
-            return sorted(self.attributes.get("digests", {}).get("scalars", {}))
-        folder = self.path / SCALARS
-        return sorted(path.name for path in folder.iterdir() if (path / METADATA).exists())
+            return sorted(self.attributes["digests"]["scalars"])
+        return sorted(path.parent.name for path in (self.path / SCALARS).glob(f"*/{METADATA}"))
 
     def scalar(self, name: str) -> NDArray[np.float64]:
         """Read one every-step scalar, float64 ``[S]`` or ``[S, columns]``; row t is update t.
@@ -137,7 +138,7 @@ class Run:
                 raise DamagedError(
                     f"the scalar {name!r} is not what the finished run wrote",
                     where=self.path / SCALARS / name,
-                    fix=_REMEDY,
+                    fix=RESTORE,
                 )
         return values
 
@@ -160,7 +161,14 @@ class Stream:
         private = f"{self._relative}/{PRIVATE_FOLDER}/{COMMIT_LOG}"
         self.log_path = run.path / private
         commits, _ = log.decode(read_confined(run.path, private), self.log_path)
-        self._check_log(commits)
+        finished = run.attributes["digests"]["rows"].get(name, 0) if run.complete else None
+        log.check(
+            commits,
+            self.log_path,
+            batches=batches,
+            num_chunks=self.grid.num_chunks,
+            finished=finished,
+        )
         self.commits = commits
         self._by_key = {(commit.row, commit.batch): commit for commit in commits}
         rows = len(commits) // (batches or 1)
@@ -210,40 +218,22 @@ class Stream:
                 shard.verify_chunk(chunk)
             return out
 
-    def _check_log(self, commits: list[log.Commit]) -> None:
-        """Rows must count up without a hole, and a finished run must have all of them."""
-        per_row = self.batches or 1
-        for number, commit in enumerate(commits):
-            batch = None if self.batches is None else number % per_row
-            before = commits[number - per_row].step if number >= per_row else -1
-            sound = (commit.row, commit.batch) == (number // per_row, batch)
-            if not sound or len(commit.chunks) != self.grid.num_chunks or commit.step <= before:
-                raise DamagedError(
-                    f"line {number + 1} of the commit log does not follow from those before it",
-                    where=self.log_path,
-                    fix=_REMEDY,
-                )
-        rows = self.run.attributes.get("digests", {}).get("rows", {})
-        if self.run.complete and len(commits) != rows.get(self.name):
-            raise DamagedError(
-                f"the commit log lists {len(commits)} shards of {self.name!r}, the finished run "
-                f"has {rows.get(self.name)}",
-                where=self.log_path,
-                fix=_REMEDY,
-            )
-
     def _check_metadata(self) -> None:
         """The shape may lag behind the log of a running run; all else must be as we write it."""
         relative = f"{self._relative}/{METADATA}"
         document = read_document(self.run.path, relative)
-        shape = document.get("shape") or [0]
-        expected = value_document(shape[0], self.batches, self.grid, self.dtype)
-        rows_agree = not self.run.complete or shape[0] == len(self)
-        if document != expected or not rows_agree:
+        shape = document.get("shape")
+        rows = shape[0] if isinstance(shape, list) and shape else None
+        expected = (
+            value_document(rows, self.batches, self.grid, self.dtype)
+            if isinstance(rows, int) and (rows == len(self) or not self.run.complete)
+            else None
+        )
+        if document != expected:
             raise DamagedError(
                 "the array's metadata are not those of this run",
                 where=self.run.path / relative,
-                fix=_REMEDY,
+                fix=RESTORE,
             )
 
 
@@ -255,7 +245,10 @@ class MappedShard:
         self.commit = commit
         self.path = stream.run.path / relative
         self._grid = stream.grid
-        descriptor = open_confined(stream.run.path, relative)
+        try:
+            descriptor = open_confined(stream.run.path, relative)
+        except DamagedError as error:
+            raise self._damaged(error.what) from error
         try:
             size = os.fstat(descriptor).st_size
             if size != commit.size:
@@ -308,12 +301,4 @@ class MappedShard:
     def _damaged(self, what: str) -> StraightwayError:
         batch = "" if self.commit.batch is None else f", batch {self.commit.batch}"
         row = f"row {self.commit.row}{batch} (step {self.commit.step}) of {self.stream.name!r}"
-        return DamagedError(f"{row}: {what}", where=self.path, fix=_REMEDY)
-
-
-def _names_are_plain(streams: dict[str, Any]) -> bool:
-    """A stream's name becomes a folder, so it must not lead anywhere else."""
-    return all(
-        name.replace("-", "").replace("_", "").isalnum() and (batches is None or batches > 0)
-        for name, batches in streams.items()
-    )
+        return DamagedError(f"{row}: {what}", where=self.path, fix=RESTORE)

@@ -26,6 +26,7 @@ class ScalarsWriter:
         self._scratch = scratch
         self._arrays: dict[str, SmallArray] = {}
         self._steps = 0
+        self._flushed = 0
 
     def append(self, step: int, values: Mapping[str, float | NDArray[Any]]) -> None:
         """Add the values of update `step`; a name without a value at this step gets NaN."""
@@ -42,12 +43,14 @@ class ScalarsWriter:
         """Bring every array on disk up to date."""
         for array in self._arrays.values():
             array.flush(self._scratch)
+        self._flushed = self._steps
 
     def truncate(self, step: int) -> None:
         """Keep the first `step` updates."""
         self._steps = min(step, self._steps)
         for array in self._arrays.values():
             array.load(self._steps, self._scratch)
+        self._flushed = self._steps
 
     def recover(self) -> None:
         """Find the stored arrays; they are as long as the shortest of them."""
@@ -56,7 +59,7 @@ class ScalarsWriter:
             if not folder.is_dir():
                 continue
             if not (folder / METADATA).exists():
-                # A crash came between its first chunk and its shape: none of it was flushed yet.
+                # A crash came before its first shape: none of its values was flushed yet.
                 remove(folder)
                 continue
             stored = read_small(self._root, f"{SCALARS}/{folder.name}")
@@ -75,7 +78,12 @@ class ScalarsWriter:
         if not name or name.startswith(".") or "/" in name or name == METADATA:
             raise UsageError(f"{name!r} cannot be the name of a scalar", fix="use letters and _")
         array = self._arrays[name] = self._make(name, shape)
-        for _ in range(self._steps):
+        # It is on disk before any other array grows: after a crash the shortest array tells how far
+        # the scalars are whole, and one that is not there at all would not be missed.
+        for _ in range(self._flushed):
+            array.append(np.nan, self._scratch)
+        array.flush(self._scratch)
+        for _ in range(self._flushed, self._steps):
             array.append(np.nan, self._scratch)
 
     def _make(self, name: str, shape: tuple[int, ...]) -> SmallArray:

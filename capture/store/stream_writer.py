@@ -61,18 +61,24 @@ class StreamWriter:
                 batches.append(batch, self._scratch)
             batches.flush(self._scratch)
 
-    def recover(self) -> None:
-        """Read the log; cut a torn last line off it and remove what no line speaks of."""
+    def read_log(self, finished: int | None) -> None:
+        """Read the log and cut a torn last line off it; `finished` as in `log.check`."""
         relative = f"{self._relative}/value/{PRIVATE_FOLDER}/{COMMIT_LOG}"
         data = read_confined(self._root, relative)
         self.commits, sound = log.decode(data, self._log)
+        log.check(
+            self.commits,
+            self._log,
+            batches=self.layout.batches,
+            num_chunks=self.layout.grid.num_chunks,
+            finished=finished,
+        )
         if sound < len(data):
             write_durably(self._log, data[:sound], self._scratch)
-        self._restore_coordinates()
 
     def commit(self, staging: Staging, step: int, epoch: float | None, batch: int | None) -> int:
         """Write one shard, then its line; return the size of the shard in bytes."""
-        row = self._row_for(step)
+        row = self._row_for(step, batch)
         chunks, rest = staging.seal(step, batch)
         path = self._value / shard_key(row, batch)
         make_folders(path.parent, self._root)
@@ -90,18 +96,32 @@ class StreamWriter:
         self._write_shape()
 
     def truncate(self, step: int) -> None:
-        """Keep the commits before `step`; the log is rewritten first, then shards removed."""
-        kept = [commit for commit in self.commits if commit.step < step]
-        if len(kept) < len(self.commits):
-            write_durably(self._log, b"".join(map(log.encode, kept)), self._scratch)
-            self.commits = kept
-        self._restore_coordinates()
+        """Keep the commits before `step`; all before must have been flushed.
 
-    def _row_for(self, step: int) -> int:
-        last = self.commits[-1] if self.commits else None
-        if last is None:
-            return 0
-        return last.row if last.step == step and self.layout.batches else last.row + 1
+        Shape and coordinates are cut first, then the log, then shards are removed: at any moment
+        the log lists all that the arrays show, and every shard that it lists is there.
+        """
+        kept = [commit for commit in self.commits if commit.step < step]
+        if len(kept) == len(self.commits):
+            return
+        self.commits = kept
+        self._write_shape()
+        self._steps.load(self._rows, self._scratch)
+        self._epochs.load(self._rows, self._scratch)
+        write_durably(self._log, b"".join(map(log.encode, kept)), self._scratch)
+        self._remove_unlisted()
+
+    def _row_for(self, step: int, batch: int | None) -> int:
+        """Row of the next shard; `ValueError` where this step and batch cannot be next."""
+        row, position = divmod(len(self.commits), self.layout.batches or 1)
+        last = self.commits[-1].step if self.commits else -1
+        expected = None if self.layout.batches is None else position
+        if batch != expected or (step != last if position else step <= last):
+            raise ValueError(
+                f"{self.layout.stream}: step {step}, batch {batch} after step {last}, "
+                f"where batch {expected} is next"
+            )
+        return row
 
     @property
     def _rows(self) -> int:
@@ -131,26 +151,30 @@ class StreamWriter:
             epoch = np.nan if first.epoch is None else first.epoch
             self._epochs.append(epoch, self._scratch)
 
-    def _restore_coordinates(self) -> None:
-        """Rebuild coordinates and shape from the log, and remove shards that it does not list."""
-        for array in ("step", "epoch"):
-            remove(self._root / self._relative / array / "c")
+    def restore(self) -> None:
+        """Rebuild coordinates and shape from the log, and remove what a crash left."""
         self._steps = SmallArray(self._root, f"{self._relative}/step", _INT64, ["step"])
         self._epochs = SmallArray(self._root, f"{self._relative}/epoch", _FLOAT64, ["step"])
         self._append_coordinates()
         self._shape_rows = -1
         self.flush()
+        self._steps.trim()
+        self._epochs.trim()
         for leftover in self._private.glob("*.tmp"):
             remove(leftover)
+        self._remove_unlisted()
+
+    def _remove_unlisted(self) -> None:
+        """Remove shards that the log does not list, and folders that are empty."""
         listed = {shard_key(commit.row, commit.batch) for commit in self.commits}
-        for path in sorted(self._value.glob("c/*/**/0"), reverse=True):
-            if path.is_file() and path.relative_to(self._value).as_posix() not in listed:
-                remove(path)
-        for folder in self._value.glob("c/*"):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-        if (self._value / "c").is_dir():
-            sync_folder(self._value / "c")
+        for folder, subfolders, names in os.walk(self._value / "c", topdown=False):
+            for path in [Path(folder, name) for name in (*subfolders, *names)]:
+                if path.is_dir() and not path.is_symlink():
+                    if not any(path.iterdir()):
+                        path.rmdir()
+                elif path.relative_to(self._value).as_posix() not in listed:
+                    remove(path)
+            sync_folder(Path(folder))
 
     def _write_shape(self) -> None:
         if self._shape_rows == self._rows:

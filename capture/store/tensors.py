@@ -9,12 +9,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from capture.store.errors import DamagedError
+from capture.store.errors import RESTORE, DamagedError
 
 # Bytes per element of every dtype that a safetensors header can name.
 DTYPE_BYTES = {
@@ -132,8 +133,11 @@ class TensorTable:
         }
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> TensorTable:
-        """Read what `to_json` wrote; `DamagedError` where it does not add up."""
+    def from_json(cls, document: Mapping[str, Any], where: Path | None = None) -> TensorTable:
+        """Read what `to_json` wrote; `DamagedError` where it does not add up.
+
+        `where` is the file that the error names.
+        """
         try:
             table = cls(
                 *(
@@ -142,10 +146,17 @@ class TensorTable:
                 )
             )
             offsets = [int(entry["offset"]) for entry in document["parameters"]]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DamagedError(f"the tensor table cannot be read ({error!r})") from error
-        if offsets != table.offsets[:-1].tolist() or table.num_parameters < 1:
-            raise DamagedError("the offsets of the tensor table do not follow from its shapes")
+            sound = offsets == table.offsets[:-1].tolist() and table.num_parameters > 0
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            what = f"the tensor table cannot be read ({error!r})"
+            raise DamagedError(what, where=where, fix=RESTORE) from error
+        if not sound:
+            what = "the offsets of the tensor table do not follow from its shapes"
+            raise DamagedError(what, where=where, fix=RESTORE)
+        names = [tensor.name for tensor in (*table.parameters, *table.buffers, *table.frozen)]
+        if len(set(names)) < len(names):
+            what = "the tensor table names a tensor twice"
+            raise DamagedError(what, where=where, fix=RESTORE)
         return table
 
 

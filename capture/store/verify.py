@@ -6,11 +6,13 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import zarr
 
-from capture.store.errors import DamagedError, InputError
+from capture.store.arrays import read_small
+from capture.store.errors import RESTORE, DamagedError, InputError
 from capture.store.frozen import read_frozen
 from capture.store.layout import WEIGHTS, stream_folder
 from capture.store.log import Commit
@@ -65,6 +67,7 @@ def _checks(
         weights = stream if name == WEIGHTS else weights
         for commit in stream.commits:
             yield partial(_check_shard, stream, commit, found, progress)
+        yield partial(_check_coordinates, run, stream)
         yield partial(_check_with_zarr, run, stream)
         if weights is not None:
             yield partial(_check_pairing, weights, stream)
@@ -91,28 +94,46 @@ def _check_shard(
         raise DamagedError(
             f"row {commit.row} of {stream.name!r}: the header is not that of step {commit.step}",
             where=shard.path,
-            fix="restore the file from a copy of the run, or record the run again",
+            fix=RESTORE,
         )
     if progress is not None:
         progress(commit.size)
 
 
+def _check_coordinates(run: Run, stream: Stream) -> None:
+    """Step, epoch and batch must be those of the log; in a running run they may lag behind it."""
+    folder = stream_folder(stream.name)
+    expected = {"step": stream.steps, "epoch": stream.epochs}
+    if stream.batches is not None:
+        expected["batch"] = np.arange(stream.batches)
+    for name, values in expected.items():
+        stored = read_small(run.path, f"{folder}/{name}")
+        lag_is_fine = not run.complete and name != "batch" and len(stored) <= len(values)
+        known = values[: len(stored)] if lag_is_fine else values
+        if not np.array_equal(stored, known, equal_nan=True):
+            raise DamagedError(
+                f"the coordinate {name!r} does not agree with the commit log",
+                where=run.path / folder / name,
+                fix="the log is right; `RunWriter.reopen` rewrites the coordinates from it",
+            )
+
+
 def _check_with_zarr(run: Run, stream: Stream) -> None:
-    """Zarr itself must see the rows, steps and epochs that the log lists."""
+    """Zarr itself must be able to open the stream, and see no more rows than the log lists."""
     folder = run.path / stream_folder(stream.name)
     try:
-        group = zarr.open_group(folder, mode="r")
-        steps = np.asarray(group["step"])
-        rows = int(zarr.open_array(folder / "value", mode="r").shape[0])
+        node: Any = zarr.open_group(run.path, mode="r")
+        for part in (*stream_folder(stream.name).split("/"), "value"):
+            node = node[part]
+        rows = int(node.shape[0])
     except Exception as error:  # whatever a reader of another make says of damaged metadata
-        raise DamagedError(f"zarr cannot read this stream ({error})", where=folder) from error
-    seen = min(rows, len(stream))
-    lag_is_fine = not run.complete and rows <= len(stream)
-    if not (rows == len(stream) or lag_is_fine) or list(steps[:seen]) != list(stream.steps[:seen]):
+        what = f"zarr cannot read this stream ({error})"
+        raise DamagedError(what, where=folder, fix=RESTORE) from error
+    if rows > len(stream):
         raise DamagedError(
-            "the coordinate `step` or the shape does not agree with the commit log",
-            where=folder,
-            fix="the log is right; open the run with --resume to rewrite the coordinates",
+            f"the array has {rows} rows, the commit log {len(stream)}",
+            where=folder / "value",
+            fix="the log is right; `RunWriter.reopen` rewrites the shape from it",
         )
 
 

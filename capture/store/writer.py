@@ -16,16 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capture.store.attributes import read_attributes, refuse_taken
-from capture.store.errors import MismatchError
+from capture.store.attributes import read_attributes, refuse_taken, streams_are_sound
+from capture.store.errors import MismatchError, UsageError
 from capture.store.files import Lock, make_folders, remove, write_json, writing
 from capture.store.frozen import write_frozen
 from capture.store.layout import (
     ATTRIBUTES_KEY,
+    COMPLETE,
     FORMAT_VERSION,
     LOCK,
     METADATA,
     PRIVATE_FOLDER,
+    RECORDING,
     SCALARS,
     WEIGHTS,
     group_document,
@@ -82,27 +84,45 @@ class RunWriter:
         `UsageError` where the path holds a run or anything else; `LockedError` where another
         process is creating it.
         """
-        root = Path(path)
-        refuse_taken(root)
+        if not streams_are_sound(streams):
+            raise UsageError(f"{dict(streams)!r} cannot be streams", fix="use letters, - and _")
+        root = Path(path).absolute()
         private = root / WEIGHTS / "value" / PRIVATE_FOLDER
         with writing(root):
-            private.mkdir(parents=True, exist_ok=True)
+            refuse_taken(root)
+            make_folders(private, Path(root.anchor))
         lock = Lock(private / LOCK)
-        # Only now that the lock is held: what an earlier creation left before it had finished.
-        for leftover in [*root.iterdir(), *private.iterdir()]:
-            if leftover not in (root / WEIGHTS, private / LOCK):
-                remove(leftover)
+        try:
+            with writing(root):
+                # Again, now that nobody else can be at work here.
+                refuse_taken(root)
+            _clear_start(root, private / LOCK)
+            return cls._create(root, lock, table, streams, attributes or {}, frozen or {})
+        except BaseException:
+            lock.release()
+            raise
+
+    @classmethod
+    def _create(
+        cls,
+        root: Path,
+        lock: Lock,
+        table: TensorTable,
+        streams: Mapping[str, int | None],
+        attributes: Mapping[str, Any],
+        frozen: Mapping[str, NDArray[np.uint8]],
+    ) -> RunWriter:
         entries: dict[str, Any] = {
             "format": FORMAT_VERSION,
-            "status": "recording",
+            "status": RECORDING,
             "final_step": None,
-            **(attributes or {}),
+            **attributes,
             "streams": {WEIGHTS: None, **streams},
             "tensors": table.to_json(),
         }
         writer = cls(root, lock, table, entries["streams"], entries)
         if table.frozen:
-            entries["frozen_crc32c"] = write_frozen(private, table, frozen or {})
+            entries["frozen_crc32c"] = write_frozen(writer.state_folder, table, frozen)
         writer._write_groups()
         for stream in writer._streams.values():
             stream.start()
@@ -116,9 +136,8 @@ class RunWriter:
 
         `MismatchError` where its tensors are not those of `table`.
         """
-        root = Path(path)
-        attributes = read_attributes(root)
-        stored = TensorTable.from_json(attributes["tensors"])
+        root = Path(path).absolute()
+        stored = TensorTable.from_json(read_attributes(root)["tensors"], root / METADATA)
         difference = None if table is None else stored.difference(table)
         if difference is None and table is not None and stored != table:
             difference = "dtypes, buffers, parameter groups or tied names are not the same"
@@ -130,9 +149,15 @@ class RunWriter:
             )
         lock = Lock(root / WEIGHTS / "value" / PRIVATE_FOLDER / LOCK)
         try:
+            attributes = read_attributes(root)
             writer = cls(root, lock, stored, attributes["streams"], attributes)
+            complete = attributes["status"] == COMPLETE
+            rows = attributes["digests"]["rows"] if complete else {}
+            # Every log is read before anything is removed: shards outlive a damaged log.
+            for name, stream in writer._streams.items():
+                stream.read_log(rows.get(name))
             for stream in writer._streams.values():
-                stream.recover()
+                stream.restore()
             writer._scalars.recover()
         except BaseException:
             lock.release()
@@ -191,10 +216,12 @@ class RunWriter:
 
     def truncate(self, step: int) -> None:
         """Drop every row and every scalar with a step of `step` or later, and the final status."""
-        self._attributes.update({"status": "recording", "final_step": None})
+        self.flush()
+        self._attributes.update({"status": RECORDING, "final_step": None})
         self._attributes.pop("digests", None)
         self._write_attributes()
-        for stream in self._streams.values():
+        # Weights last, as they come first in a step: no gradient is ever without them.
+        for stream in reversed(self._streams.values()):
             stream.truncate(step)
         self._scalars.truncate(step)
 
@@ -205,8 +232,11 @@ class RunWriter:
 
     def finish(self, final_step: int) -> None:
         """Mark the run complete; `final_step` is T, the number of updates applied."""
+        for name, stream in self._streams.items():
+            if len(stream.commits) % (stream.layout.batches or 1):
+                raise ValueError(f"the last row of {name!r} lacks some of its batches")
         self.flush()
-        self._attributes["status"] = "complete"
+        self._attributes["status"] = COMPLETE
         self._attributes["final_step"] = final_step
         self._attributes["digests"] = {
             "rows": {name: len(stream.commits) for name, stream in self._streams.items()},
@@ -227,6 +257,15 @@ class RunWriter:
         for folder in sorted({SCALARS, *folders}):
             make_folders(self.path / folder, self.path)
             write_json(self.path / folder / METADATA, group_document(), self.state_folder)
+
+
+def _clear_start(root: Path, lock: Path) -> None:
+    """Remove what an earlier creation left before it had finished, all but the lock's file."""
+    kept = {lock, *lock.parents}
+    for folder in (root, *(path for path in reversed(lock.parents) if root in path.parents)):
+        for leftover in folder.iterdir():
+            if leftover not in kept:
+                remove(leftover)
 
 
 def _groups(stream: str) -> list[str]:
