@@ -96,7 +96,15 @@ def compute(
 @click.option("--out", type=click.Path(), required=True, help="HTML page to write.")
 @click.option("--figures", type=click.Path(), help="Folder to which each figure goes as a file.")
 @click.option("--format", "formats", help="Of these files: png, svg, pdf or several. Default: pdf.")
-def report(inputs: tuple[str, ...], out: str, figures: str | None, formats: str | None) -> None:
+@click.option(
+    "--width",
+    type=click.FloatRange(1, 20),
+    default=3.25,
+    help="Of these files, in inches: 3.25 for one column of a paper, 6.75 for two. Default: 3.25.",
+)
+def report(
+    inputs: tuple[str, ...], out: str, figures: str | None, formats: str | None, width: float
+) -> None:
     """Make one HTML page of figures and exact values; it needs no network.
 
     Tables are those that `analyze compute` wrote; runs are measured against final.
@@ -112,7 +120,7 @@ def report(inputs: tuple[str, ...], out: str, figures: str | None, formats: str 
     check_writable(out)
     chosen = (formats or "pdf").split(",") if figures is not None else []
     folder = None if figures is None else Path(figures)
-    written = write_report(inputs, Path(out), figures_dir=folder, formats=chosen)
+    written = write_report(inputs, Path(out), figures_dir=folder, formats=chosen, width=width)
     for path in written:
         click.echo(str(path), err=True)
 

@@ -8,10 +8,9 @@ the last bits.)
 
 from __future__ import annotations
 
-import math
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -22,6 +21,7 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from analyze import schedulers
+from analyze.blocks import Block, cut
 from analyze.moments import MOMENTS, moment_kind, segment_moments
 from analyze.references import BoundReference, Reference
 from capture.store import (
@@ -34,13 +34,6 @@ from capture.store import (
     open_run,
 )
 from capture.store.layout import WEIGHTS
-
-# Blocks per worker, so that none waits long for the last; and a limit to what one block reads, so
-# that progress moves and an interrupt is not kept waiting.
-_BLOCKS_PER_WORKER = 3
-_BLOCK_BYTES = 2**30
-_MOST_ROWS = 16
-_MOST_SHARDS = 4096
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,7 @@ def compute_moments(
         blocks = [
             block
             for name in names
-            for block in _cut(session.run.stream(name), threads, rows_per_block)
+            for block in cut(session.run.stream(name), threads, rows_per_block)
         ]
         tasks = [partial(_measure, plan, block) for block in blocks]
         results = schedulers.run(tasks, scheduler, threads, progress)
@@ -121,15 +114,6 @@ class _Plan:
     moments: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Rows `rows` and inner chunks `chunks` of one stream."""
-
-    stream: str
-    rows: range
-    chunks: range
-
-
 # Per chunk of a block: sums [rows, B, R, S, 7] and non-finite counts [rows, B, R, S].
 _Partials = list[tuple[NDArray[np.float64], NDArray[np.int64]]]
 
@@ -138,7 +122,6 @@ class _Session:
     """A run with its references, open in one process for one call of `compute_moments`."""
 
     def __init__(self, plan: _Plan) -> None:
-        self.plan = plan
         self.run: Run = open_run(plan.path)
         # The streams first: in a run that is still recording, their weights are there by now.
         for name in plan.streams:
@@ -178,25 +161,7 @@ def _open(plan: _Plan) -> _Session:
     return _Session(plan)
 
 
-def _cut(stream: Stream, workers: int, rows_per_block: int | None) -> Iterator[_Block]:
-    """Cut a stream into blocks, chunk-major: enough for the workers, none too large."""
-    total, grid = len(stream.steps), stream.grid
-    wanted, shards_per_row = _BLOCKS_PER_WORKER * workers, 1 + (stream.batches or 1)
-    rows = rows_per_block or min(_MOST_ROWS, math.ceil(total / wanted))
-    rows = max(1, min(rows, _MOST_SHARDS // shards_per_row))
-    parts = math.ceil(wanted * rows / max(1, total))
-    largest = _BLOCK_BYTES // (rows * shards_per_row * grid.chunk_bytes)
-    chunks = max(1, min(math.ceil(grid.num_chunks / parts), largest))
-    for first_chunk in range(0, grid.num_chunks, chunks):
-        for first_row in range(0, total, rows):
-            yield _Block(
-                stream.name,
-                range(first_row, min(first_row + rows, total)),
-                range(first_chunk, min(first_chunk + chunks, grid.num_chunks)),
-            )
-
-
-def _measure(plan: _Plan, block: _Block) -> _Partials:
+def _measure(plan: _Plan, block: Block) -> _Partials:
     """Measure one block; runs on a worker."""
     session = _open(plan)
     partials: _Partials = []
@@ -215,7 +180,7 @@ def _measure(plan: _Plan, block: _Block) -> _Partials:
 
 
 def _open_row(
-    session: _Session, block: _Block, row: int, stack: ExitStack
+    session: _Session, block: Block, row: int, stack: ExitStack
 ) -> tuple[MappedShard, list[MappedShard]]:
     """Map one row: its weights and, where the stream is not the weights, each of its batches."""
     stream = session.run.stream(block.stream)
@@ -282,7 +247,7 @@ def _confirm(shard: MappedShard, chunk: int, checksum: int | None) -> None:
 
 
 def _assemble(
-    session: _Session, name: str, blocks: Sequence[_Block], results: Sequence[_Partials]
+    session: _Session, name: str, blocks: Sequence[Block], results: Sequence[_Partials]
 ) -> StreamMoments:
     """Add the partial sums of one stream, for each tensor chunk after chunk."""
     stream = session.run.stream(name)

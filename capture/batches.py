@@ -1,0 +1,99 @@
+"""The order of the training data: a pure function of the data seed and the epoch.
+
+Batch t of a run can therefore be named, and a run resumed at it, without replaying what came
+before; and loading consumes no random numbers of the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from capture.store.errors import UsageError
+
+if TYPE_CHECKING:
+    from capture.tasks import MapDataset
+
+
+class BatchOrder(Sampler[list[int]]):
+    """The sample indices of the batches `start` to `stop`, across epochs.
+
+    Each epoch is a new permutation of all samples; its last partial batch is dropped.
+    """
+
+    def __init__(
+        self, num_samples: int, batch_size: int, seed: int, *, start: int = 0, stop: int = 0
+    ) -> None:
+        if num_samples < batch_size:
+            raise UsageError(
+                f"a batch of {batch_size} does not fit into {num_samples} training samples",
+                fix="give a smaller --batch-size",
+            )
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.start, self.stop = start, stop
+
+    def between(self, start: int, stop: int) -> BatchOrder:
+        """Return the part from batch `start` up to, not including, batch `stop`."""
+        return BatchOrder(self.num_samples, self.batch_size, self.seed, start=start, stop=stop)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches in one pass through the samples."""
+        return self.num_samples // self.batch_size
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """All batches of one epoch."""
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        order = torch.randperm(self.num_samples, generator=generator).tolist()
+        size = self.batch_size
+        return [order[i * size : (i + 1) * size] for i in range(self.steps_per_epoch)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.start
+        while step < self.stop:
+            epoch, first = divmod(step, self.steps_per_epoch)
+            batches = self.epoch(epoch)[first:][: self.stop - step]
+            yield from batches
+            step += len(batches)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def load_batches(
+    dataset: MapDataset, batches: Sampler[list[int]], *, workers: int, device: torch.device
+) -> Iterator[Any]:
+    """Yield the batches named by `batches`, on `device`."""
+    loader: DataLoader[Any] = DataLoader(
+        dataset,  # type: ignore[arg-type]  # any object with __len__ and __getitem__ will do
+        batch_sampler=batches,
+        num_workers=workers,
+        # Forking beside the writer thread and torch's own threads could hang.
+        multiprocessing_context="forkserver" if workers else None,
+        pin_memory=device.type == "cuda",
+        # Without a generator of its own, the loader draws from the global one of the training.
+        generator=torch.Generator().manual_seed(0),
+    )
+    for batch in loader:
+        yield to_device(batch, device)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move every tensor of a nested batch."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return [to_device(value, device) for value in batch]
+    return batch
+
+
+def mix(seed: int, index: int) -> int:
+    """One 64-bit seed of two numbers, without the collisions of a sum."""
+    return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0])

@@ -1,0 +1,216 @@
+"""The command `capture`. Each command is: parse, one call, print; what is heavy loads when used."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import click
+
+from capture import __version__
+from capture.command_line import Group, Option
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+def _options(section: str, *options: tuple[str, Any, str]) -> Callable[[Decorated], Decorated]:
+    """Make a decorator for the options ``(declaration, type, help)`` of one section."""
+
+    def decorate(function: Decorated) -> Decorated:
+        for name, kind, text in reversed(options):
+            add = partial(click.option, name, cls=Option, section=section, help=text)
+            function = add(is_flag=True)(function) if kind is bool else add(type=kind)(function)
+        return function
+
+    return decorate
+
+
+def training_options(function: Decorated) -> Decorated:
+    """Add the options that decide a training; all but `out` and `force` are in `TrainConfig`."""
+    decorators = [
+        _options(
+            "What is trained",
+            ("--task", str, "digits, or module:factory."),
+            ("--model", str, "mlp, resnet, or module:factory. Default: the task's."),
+            ("--width", float, "Factor on the model's width. Default: 1."),
+            ("--data-root", click.Path(), "Folder that holds the data files."),
+            ("--seed", int, "Initialisation. Default: 0."),
+            ("--data-seed", int, "Order of the data. Default: as --seed."),
+        ),
+        _options(
+            "How",
+            ("--optimizer", str, "sgd, momentum, nesterov, adam or adamw. Default: momentum."),
+            ("--lr", float, "Learning rate. Default: 0.01; sgd 0.1, adam and adamw 0.001."),
+            ("--momentum", float, "For momentum and nesterov. Default: 0.9."),
+            ("--weight-decay", float, "Coupled, but for adamw. Default: 0."),
+            (
+                "--lr-schedule",
+                str,
+                "constant, warmup-cosine[:EPOCHS], multistep[:E1,E2,…[:FACTOR]] or a CSV file "
+                "with the columns step,lr. Default: constant.",
+            ),
+            ("--batch-size", int, "Default: the task's, 64 for digits."),
+            ("--epochs", int, "Default: the task's, 20 for digits."),
+            ("--max-steps", int, "End after so many updates."),
+            ("--device", str, "auto, cpu or cuda. Default: auto."),
+            ("--threads", int, "Threads of torch. Default: its own choice."),
+            ("--workers", int, "Processes that load data. Default: 0."),
+        ),
+        _options(
+            "What is recorded",
+            (
+                "--every",
+                str,
+                "Steps that are saved: K, log:N, epoch, bursts:P:1,2,5,… or several joined "
+                "by +. Default: 10.",
+            ),
+            (
+                "--gradients",
+                str,
+                "Streams beside the weights: minibatch,updates or none; each with its own "
+                "@SCHEDULE if wanted. Default: minibatch.",
+            ),
+            ("--checkpoint-every", int, "Save a resume state every K steps. Default: per epoch."),
+        ),
+    ]
+    for decorate in reversed(decorators):
+        function = decorate(function)
+    return function
+
+
+def config_option(function: Decorated) -> Decorated:
+    """Add ``--config``."""
+    text = "TOML file with any of these options, and tables task_args and model_args; flags win."
+    return _options("Run", ("--config", click.Path(dir_okay=False), text))(function)
+
+
+@click.group(cls=Group)
+@click.version_option(__version__, message="straightway %(version)s")
+def main() -> None:
+    """Record where a training run went. (Measure it afterwards with `analyze`.)"""
+
+
+@main.command(
+    example="capture train --task digits --epochs 4 --out runs/first.zarr",
+)
+@training_options
+@config_option
+@_options(
+    "Run",
+    ("--resume", bool, "Continue the run at --out, bit for bit."),
+    ("--force", bool, "Start although the disk seems too small."),
+)
+@click.option(
+    "--out", cls=Option, section="Run", type=click.Path(), required=True, help="RUN.zarr to write."
+)
+def train(config: str | None, out: str, resume: bool, force: bool, **flags: Any) -> None:
+    """Train, and record weights and gradients into a run store."""
+    from capture.config import read_config
+
+    settings = read_config(config, flags)
+    logging.basicConfig(format="warning: %(message)s")
+
+    from capture.progress import format_bytes
+    from capture.train import train as run_training
+
+    summary = run_training(settings, out, resume=resume, force=force)
+    if summary.already_complete:
+        click.echo(f"{out} is complete already: {summary.steps} steps", err=True)
+        return
+    measured = {"loss": summary.loss}
+    measured |= {f"held-out {name}": value for name, value in summary.heldout.items()}
+    results = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+    written = format_bytes(summary.bytes_written)
+    click.echo(f"{summary.steps} steps in {summary.seconds:.1f} s: {results}", err=True)
+    click.echo(f"{written} in {out}; next:", err=True)
+    target = shlex.quote(f"{out.rstrip('/').removesuffix('.zarr')}.parquet")
+    click.echo(f"  analyze compute {shlex.quote(out)} --out {target}", err=True)
+
+
+@main.command(example="capture plan --task digits --epochs 4 --every log:50 --out runs/first.zarr")
+@training_options
+@config_option
+@_options(
+    "Run",
+    ("--force", bool, "Exit with 0 although the disk is too small."),
+    ("--json", bool, "Print JSON: bytes and seconds."),
+    ("--out", click.Path(), "Where the run would be written. Default: here."),
+)
+def plan(config: str | None, out: str | None, force: bool, json: bool, **flags: Any) -> None:
+    """Predict bytes, files and time of a training before it runs.
+
+    Takes the options of `capture train`. Bytes and files of the streams are exact; the time comes
+    from a few steps of the training and a short test of the disk, and is an estimate.
+    """
+    from capture.config import read_config
+
+    settings = read_config(config, flags)
+
+    from pathlib import Path
+
+    from capture.plan import plan as make_plan
+    from capture.storage import require_space
+
+    target = Path(out or "run.zarr")
+    prediction = make_plan(settings, target)
+    _print_json(prediction.to_dict()) if json else click.echo(prediction.to_text())
+    if not force:
+        require_space(target, prediction.storage)
+
+
+@main.command(example="capture info runs/first.zarr")
+@click.argument("run", type=click.Path())
+@click.option("--json", is_flag=True, help="Print JSON, with every recorded step.")
+def info(run: str, json: bool) -> None:
+    """Tell what a run is and what it holds."""
+    from capture.info import describe_run, format_description
+
+    description = describe_run(run)
+    _print_json(description) if json else click.echo(format_description(description))
+
+
+@main.command(example="capture verify runs/first.zarr")
+@click.argument("run", type=click.Path())
+@click.pass_context
+def verify(context: click.Context, run: str) -> None:
+    """Check every committed byte of a run against its checksum.
+
+    Exits with 0 where all is sound, with 3 where anything is not, naming each file, row and remedy.
+    """
+    from capture.progress import format_bytes
+    from capture.store.verify import verify_run
+
+    found = verify_run(run)
+    for problem in found.problems:
+        click.echo(f"error: {problem}", err=True)
+    if not found.sound:
+        context.exit(3)
+    click.echo(
+        f"sound: {found.shards} shards and {found.scalars} arrays of scalars, "
+        f"{format_bytes(found.bytes)} read"
+    )
+
+
+@main.command(example="capture export runs/first.zarr --step 20 first-20.safetensors")
+@click.argument("run", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option("--step", type=int, required=True, help="A recorded step; capture info lists them.")
+def export(run: str, out: str, step: int) -> None:
+    """Write the model at a recorded step as a plain safetensors file.
+
+    The file holds the whole state_dict, each tensor in its own dtype, and no reserved names.
+    """
+    from capture.store import export_state_dict
+
+    names = export_state_dict(run, step, out)
+    click.echo(f"{len(names)} tensors at step {step} in {out}", err=True)
+
+
+def _print_json(document: Any) -> None:
+    json.dump(document, sys.stdout, indent=2)
+    click.echo()

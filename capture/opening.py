@@ -1,0 +1,128 @@
+"""Creating the run of a recorder, or reopening it: what stands in its attributes and must agree."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from crc32c import crc32c
+
+from capture import __version__
+from capture.describe import Description
+from capture.norms import Norms
+from capture.store import MismatchError, RunWriter, TensorTable
+from capture.store.attributes import read_attributes
+from capture.store.layout import METADATA, WEIGHTS
+
+# Entries that a resumed run must share with the one it continues.
+SAME_ON_RESUME = ("optimizer", "schedules")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a recorder is about to record; `schedules` holds the text of each stream's schedule."""
+
+    path: Path
+    seen: Description
+    optimizer: Mapping[str, Any]
+    schedules: Mapping[str, str]
+    attributes: Mapping[str, Any]
+
+    def entries(self) -> dict[str, Any]:
+        """Build the run's attributes; those that the user gave override the general ones."""
+        given = {"config": {}, "versions": versions(), "seeds": {}, "git_commit": None}
+        with torch.no_grad():
+            initial = Norms(torch.float64).of(self.seen.parameters).tolist()
+        own: dict[str, Any] = {
+            "optimizer": dict(self.optimizer),
+            "schedules": dict(self.schedules),
+            "initial_norm_by_tensor": [norm if math.isfinite(norm) else None for norm in initial],
+            "frozen_digests": frozen_digests(self.seen),
+        }
+        if self.seen.not_stored:
+            own["not_stored"] = list(self.seen.not_stored)
+        return {**given, **self.attributes, **own}
+
+
+def finished_step(plan: RunPlan) -> int | None:
+    """T of a run that is there and complete, else `None`; it is only read.
+
+    Raises `MismatchError` where it is the run of another model, optimizer or schedule.
+    """
+    if not (plan.path / METADATA).exists():
+        return None
+    attributes = read_attributes(plan.path)
+    if attributes["status"] != "complete":
+        return None
+    difference = TensorTable.from_json(attributes["tensors"]).difference(plan.seen.table)
+    if difference is not None:
+        raise MismatchError(
+            f"the run was recorded from another model, {difference}", where=plan.path
+        )
+    _check_same(plan, attributes)
+    return int(attributes["final_step"])
+
+
+def open_writer(plan: RunPlan, resume: bool) -> RunWriter:
+    """Create the run, or reopen it where `resume` is set and it is there.
+
+    Raises `UsageError` for a path that is taken, `MismatchError` for a run of another model,
+    optimizer or schedule.
+    """
+    if resume and (plan.path / METADATA).exists():
+        writer = RunWriter.reopen(plan.path, plan.seen.table)
+        try:
+            _check_same(plan, writer.attributes)
+        except BaseException:
+            writer.close()
+            raise
+        return writer
+    streams = {name: None for name in plan.schedules if name != WEIGHTS}
+    frozen = plan.seen.frozen_bytes()
+    return RunWriter.create(
+        plan.path, plan.seen.table, streams=streams, attributes=plan.entries(), frozen=frozen
+    )
+
+
+def start_over(plan: RunPlan, writer: RunWriter) -> None:
+    """Drop every row of a reopened run that has no resume state."""
+    if writer.attributes["frozen_digests"] != frozen_digests(plan.seen):
+        raise MismatchError(
+            "the frozen tensors have other values than those of the run",
+            where=plan.path,
+            fix="start from the same weights, or record into another path",
+        )
+    writer.truncate(0)
+    writer.update_attributes(**plan.entries())
+
+
+def frozen_digests(seen: Description) -> dict[str, str]:
+    """Crc32c of the bytes of every frozen tensor as 8 hexadecimal digits, by name."""
+    return {name: f"{crc32c(data.tobytes()):08x}" for name, data in seen.frozen_bytes().items()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers of a training depend on."""
+    return {
+        "straightway": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+    }
+
+
+def _check_same(plan: RunPlan, attributes: Mapping[str, Any]) -> None:
+    for name in SAME_ON_RESUME:
+        theirs, ours = attributes.get(name), dict(getattr(plan, name))
+        if theirs != ours:
+            raise MismatchError(
+                f"the run has {name} {theirs}, this recorder {ours}",
+                where=plan.path,
+                fix="resume with the same settings, or record into another path",
+            )

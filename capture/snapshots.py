@@ -1,0 +1,182 @@
+"""The snapshots of one run: what is due at a step is copied, and handed to the writer thread."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from capture.describe import Description
+from capture.norms import Norms, WeightsCopy
+from capture.schedule import Schedule, parse_schedule
+from capture.staging import HostCopies
+from capture.store import SnapshotQueue, Staging
+from capture.store.layout import UPDATES, WEIGHTS
+from capture.streams import parse_streams
+
+MINIBATCH = "minibatch"
+
+# Every-step scalars that are written here; a loop may log `loss` and any other name.
+OWN_SCALARS = (
+    *("epoch", "lr", "clip_factor", "grad_norm", "update_norm", "grad_norm_by_tensor"),
+    *("update_norm_by_tensor", "group_lr", "group_momentum", "group_weight_decay"),
+)
+
+
+@dataclass
+class Update:
+    """What is known of update t between the hooks before and after it.
+
+    `scale` is what a `GradScaler` multiplied the gradients with, for a fused optimizer.
+    """
+
+    step: int
+    epoch: float | None
+    clip_factor: float
+    scale: float | None = None
+    streams: list[str] = field(default_factory=list)
+    scalars: dict[str, Any] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+
+class Snapshots:
+    """Takes w_t and its gradient before update t, and what the update did after it.
+
+    A row is queued only once its update is done, so a step that fails and is tried again leaves
+    one row. `held_seconds` is how long the training thread was held for the copies of due steps,
+    `gradient_missing` counts by tensor the updates in which ``grad is None`` stood for zeros.
+    """
+
+    def __init__(
+        self, seen: Description, schedules: Mapping[str, Schedule], queue: SnapshotQueue
+    ) -> None:
+        self.queue = queue
+        self.held_seconds = 0.0
+        self.epoch_begun: int | None = None
+        self.gradient_missing: Counter[str] = Counter()
+        self._seen = seen
+        self._schedules = schedules
+        wide = seen.table.value_dtype.itemsize == 8
+        dtype = torch.float64 if wide else torch.float32
+        self._norms = Norms(dtype)
+        self._weights = WeightsCopy(seen.parameters, dtype)
+        self._copies = HostCopies(seen.table)
+        self._staged: dict[str, Staging] = {}
+
+    def begin(self, update: Update) -> None:
+        """Take w_t, the gradient at w_t, and the optimizer's settings; called before update t."""
+        self.queue.check()
+        self._seen.check_unchanged()
+        gradients = [parameter.grad for parameter in self._seen.parameters]
+        named = zip(self._seen.table.names, gradients, strict=True)
+        update.missing = [name for name, gradient in named if gradient is None]
+        grad_norms = self._norms.of(gradients) / (update.scale or 1.0)
+        update.scalars = {**self._settings(update), **_by_tensor("grad_norm", grad_norms)}
+        self._weights.keep(self._seen.parameters)
+        update.streams = self._due(update)
+        with self._holding():
+            for stream in update.streams:
+                staging = self._acquire(stream)
+                if stream == WEIGHTS:
+                    self._copy_weights(staging)
+                elif stream == MINIBATCH:
+                    self._copies.copy_parameters(staging, gradients, update.scale)
+
+    def end(self, update: Update, logged: Mapping[str, float]) -> None:
+        """Take what the update did, and hand everything to the writer thread."""
+        if UPDATES in update.streams:
+            changes = self._weights.take_updates(self._seen.parameters)
+            with self._holding():
+                self._copies.copy_parameters(self._staged[UPDATES], changes)
+            update_norms = self._norms.of(changes)
+        else:
+            update_norms = self._weights.update_norms(self._seen.parameters)
+        for stream in update.streams:
+            staging = self._staged.pop(stream)
+            self.queue.submit(stream, staging, step=update.step, epoch=update.epoch)
+        scalars = {**update.scalars, **_by_tensor("update_norm", update_norms), **logged}
+        self.queue.scalars(update.step, scalars)
+        self.gradient_missing.update(update.missing)
+        self.epoch_begun = _whole(update.epoch)
+
+    def final(self, step: int, epoch: float | None) -> None:
+        """Save w_T, the last row of the weights, and wait until everything is on disk."""
+        self._seen.check_unchanged()
+        self._copy_weights(self._acquire(WEIGHTS))
+        self.queue.submit(WEIGHTS, self._staged.pop(WEIGHTS), step=step, epoch=epoch)
+        self.queue.drain()
+
+    def _due(self, update: Update) -> list[str]:
+        """Streams that are saved at this step; a gradient never without its weights."""
+        begins = _whole(update.epoch) != self.epoch_begun
+        due = [name for name, plan in self._schedules.items() if plan.due(update.step, begins)]
+        return due if WEIGHTS in due or not due else [WEIGHTS, *due]
+
+    def _settings(self, update: Update) -> dict[str, Any]:
+        """The scalars known before the update, NaN where unknown."""
+        groups = self._seen.optimizer.param_groups
+        rates = [float(group.get("lr", math.nan)) for group in groups]
+        return {
+            "loss": math.nan,
+            "epoch": math.nan if update.epoch is None else update.epoch,
+            "lr": rates[0],
+            "clip_factor": update.clip_factor,
+            "group_lr": rates,
+            # Momentum of SGD and its like; 0 for optimizers without it, such as Adam.
+            "group_momentum": [float(group.get("momentum", 0.0)) for group in groups],
+            "group_weight_decay": [float(group.get("weight_decay", 0.0)) for group in groups],
+        }
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.held_seconds += time.perf_counter() - started
+
+    def _acquire(self, stream: str) -> Staging:
+        """Take a staging buffer; again the same one where a step was tried and failed."""
+        if stream not in self._staged:
+            self._staged[stream] = self.queue.acquire(stream)
+        return self._staged[stream]
+
+    def _copy_weights(self, staging: Staging) -> None:
+        self._copies.copy_parameters(staging, self._seen.parameters)
+        self._copies.copy_buffers(staging, self._seen.buffers)
+
+
+def stream_schedules(
+    every: int | str | Schedule,
+    gradients: str | Sequence[str],
+    total_steps: int | None,
+    steps_per_epoch: int | None,
+) -> dict[str, Schedule]:
+    """Give every stream its schedule, `weights` first; those without their own follow `every`.
+
+    Raises `UsageError` for an unknown stream or a schedule that does not parse.
+    """
+
+    def parse(text: int | str) -> Schedule:
+        return parse_schedule(text, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+
+    main = every if isinstance(every, Schedule) else parse(every)
+    text = gradients if isinstance(gradients, str) else ",".join(gradients) or "none"
+    requests = parse_streams(text)
+    own = {r.name: main if r.schedule is None else parse(r.schedule) for r in requests}
+    return {WEIGHTS: main, **own}
+
+
+def _by_tensor(name: str, values: NDArray[np.float64]) -> dict[str, Any]:
+    """A norm as two scalars: of all tensors together, and of each."""
+    return {name: float(np.linalg.norm(values)), f"{name}_by_tensor": values}
+
+
+def _whole(epoch: float | None) -> int | None:
+    return None if epoch is None or not math.isfinite(epoch) else math.floor(epoch)

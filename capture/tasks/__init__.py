@@ -1,0 +1,65 @@
+"""Tasks: each is data, a loss and the name of a default model, in one file.
+
+A task is any object with the attributes of `Task`. Those that come along are found by name; any
+other by ``module:factory``, a function that is called as ``factory(data_root, **task_args)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from capture.factories import call_factory, find_factory
+from capture.store.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+TASKS = {"digits": "capture.tasks.digits:digits"}
+
+
+class MapDataset(Protocol):
+    """What `torch.utils.data.Dataset` of the map style is; samples are put together by torch."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """Return one sample; the same index always gives the same one."""
+
+
+class Task(Protocol):
+    """Data and loss of a training.
+
+    train           samples that drive the training
+    heldout         samples that never do; `None` where there are none
+    defaults        values of `TrainConfig` where the user gives none; `model` at least
+    model_args      what every model for this task has to know: input_shape, num_classes, …
+    """
+
+    train: MapDataset
+    heldout: MapDataset | None
+    defaults: Mapping[str, Any]
+    model_args: Mapping[str, Any]
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the **mean** loss of a batch, a 0-d tensor to differentiate."""
+
+    def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+        """Return means over a batch to report, the loss among them: 0-d tensors by name."""
+
+
+ATTRIBUTES = ("train", "heldout", "defaults", "model_args", "loss", "metrics")
+
+
+def build_task(
+    name: str, *, data_root: str | None = None, task_args: Mapping[str, Any] | None = None
+) -> Task:
+    """Build the task of this name, or that of ``module:factory``. Raises `UsageError`."""
+    factory = find_factory("task", name, TASKS)
+    task: Task = call_factory(factory, "task", name, {"data_root": data_root, **(task_args or {})})
+    if missing := [attribute for attribute in ATTRIBUTES if not hasattr(task, attribute)]:
+        raise UsageError(
+            f"the task {name} lacks {', '.join(missing)}", fix="see the class capture.tasks.Task"
+        )
+    return task

@@ -1,0 +1,234 @@
+"""The training loop: configuration, seed, task, model, optimizer, recorder, loop; in this order."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import BatchSampler, SequentialSampler
+
+from capture.batches import BatchOrder, load_batches, mix
+from capture.config import TrainConfig
+from capture.describe import describe
+from capture.interruption import Interrupted, StopRequest
+from capture.models import build_model
+from capture.optimizers import LearningRate, build_optimizer, learning_rate
+from capture.progress import TrainingProgress
+from capture.provenance import require_same, run_attributes
+from capture.recorder import Recorder
+from capture.storage import Storage, plan_storage, require_space
+from capture.store import UsageError
+from capture.store.layout import METADATA
+from capture.tasks import Task, build_task
+
+
+@dataclass(frozen=True)
+class Training:
+    """All that a training consists of, before its first step; `config` is completed."""
+
+    config: TrainConfig
+    task: Task
+    order: BatchOrder
+    model: nn.Module
+    optimizer: Optimizer
+    rate: LearningRate
+    device: torch.device
+    total_steps: int
+
+    @property
+    def storage(self) -> Storage:
+        """What recording it will take on disk."""
+        return plan_storage(
+            describe(self.model, self.optimizer).table,
+            every=self.config.every,
+            gradients=self.config.gradients,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.order.steps_per_epoch,
+            optimizer=self.config.optimizer,
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a training ended: `steps` updates in all, means over the held-out samples by name."""
+
+    steps: int
+    seconds: float
+    loss: float
+    heldout: Mapping[str, float]
+    bytes_written: int
+    already_complete: bool = False
+
+
+def prepare(config: TrainConfig) -> Training:
+    """Build task, model and optimizer of a configuration. Seeds torch's global generator."""
+    device = _device(config.device)
+    task = build_task(config.task, data_root=config.data_root, task_args=config.task_args)
+    config = replace(config, device=device.type).completed(task.defaults)
+    assert config.model is not None
+    assert config.batch_size is not None
+    assert config.lr is not None
+    assert config.data_seed is not None
+
+    order = BatchOrder(len(task.train), config.batch_size, config.data_seed)
+    total_steps = config.total_steps(order.steps_per_epoch)
+    rate = learning_rate(config.lr_schedule, config.lr, total_steps, order.steps_per_epoch)
+
+    # The seed decides the initialisation, the data seed everything random after it (dropout).
+    torch.manual_seed(config.seed)
+    model = build_model(
+        config.model, task.model_args, width=config.width, model_args=config.model_args
+    ).to(device)
+    torch.manual_seed(mix(config.data_seed, 2**32))
+    optimizer = build_optimizer(
+        model.parameters(),
+        config.optimizer,
+        lr=config.lr,
+        momentum=config.momentum or 0.0,
+        weight_decay=config.weight_decay,
+    )
+    return Training(config, task, order, model, optimizer, rate, device, total_steps)
+
+
+def train(
+    config: TrainConfig, out: str | os.PathLike[str], *, resume: bool = False, force: bool = False
+) -> Summary:
+    """Train and record into the run `out`.
+
+    `resume` continues the run from its newest resume state, bit for bit; `force` starts even
+    where the disk seems too small. Raises `Interrupted` after SIGINT or SIGTERM, `MismatchError`
+    where a run is resumed with another configuration, and what `Recorder` raises.
+    """
+    out = Path(out)
+    with deterministic(config.threads):
+        training = prepare(config)
+        config, model, optimizer = training.config, training.model, training.optimizer
+        task, order, total = training.task, training.order, training.total_steps
+        attributes = run_attributes(config)
+        if resume and (out / METADATA).exists():
+            require_same(out, attributes)
+        if not force:
+            require_space(out, training.storage)
+
+        began, loss, warned = time.monotonic(), math.nan, False
+        with (
+            StopRequest() as stop,
+            Recorder(
+                out,
+                model,
+                optimizer,
+                every=config.every,
+                gradients=config.gradients,
+                total_steps=total,
+                steps_per_epoch=order.steps_per_epoch,
+                attributes=attributes,
+                checkpoint_every=config.checkpoint_every or order.steps_per_epoch,
+                resume=resume,
+                clipped=False,
+            ) as recorder,
+            TrainingProgress(total, recorder.step) as progress,
+        ):
+            already_complete = recorder.complete
+            batches = order.between(recorder.step, total)
+            model.train()
+            for batch in load_batches(
+                task.train, batches, workers=config.workers, device=training.device
+            ):
+                for group in optimizer.param_groups:
+                    group["lr"] = training.rate(recorder.step)
+                optimizer.zero_grad()
+                batch_loss = task.loss(model, batch)
+                batch_loss.backward()  # type: ignore[no-untyped-call]
+                recorder.log(loss=batch_loss)
+                optimizer.step()
+
+                loss = batch_loss.item()
+                if not math.isfinite(loss) and not warned:
+                    warned = True
+                    progress.note(
+                        f"warning: the loss is {loss} at step {recorder.step - 1}; it is recorded "
+                        "as it is and the training goes on"
+                    )
+                progress.update(recorder.step, loss, recorder.bytes_written)
+                if stop.signum is not None and recorder.step < total:
+                    recorder.checkpoint()
+                    raise Interrupted(
+                        f"interrupted after step {recorder.step} of {total}",
+                        signum=stop.signum,
+                        where=out,
+                        fix="continue with the same command and --resume",
+                    )
+
+        # Only now, so that nothing of it can reach the run.
+        heldout = {} if already_complete else evaluate(training)
+    return Summary(
+        steps=total,
+        seconds=time.monotonic() - began,
+        loss=loss,
+        heldout=heldout,
+        bytes_written=recorder.bytes_written,
+        already_complete=already_complete,
+    )
+
+
+@torch.no_grad()
+def evaluate(training: Training) -> dict[str, float]:
+    """Return the means of the task's metrics over all held-out samples, in evaluation mode."""
+    task, size = training.task, training.order.batch_size
+    if task.heldout is None:
+        return {}
+    count = len(task.heldout)
+    batches = BatchSampler(SequentialSampler(range(count)), size, drop_last=False)
+    totals: dict[str, float] = {}
+    training.model.eval()
+    for number, batch in enumerate(
+        load_batches(task.heldout, batches, workers=0, device=training.device)
+    ):
+        samples = min(size, count - number * size)
+        for name, mean in task.metrics(training.model, batch).items():
+            totals[name] = totals.get(name, 0.0) + float(mean) * samples
+    training.model.train()
+    return {name: total / count for name, total in totals.items()}
+
+
+@contextmanager
+def deterministic(threads: int | None = None) -> Iterator[None]:
+    """Let torch choose algorithms that give the same bits each time, with so many threads."""
+    # Must be set before CUDA starts; see torch.use_deterministic_algorithms.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    switches: Any = torch.utils.deterministic
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        switches.fill_uninitialized_memory,
+        torch.get_num_threads(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Filling each new tensor first would slow training down, and we read none that is unwritten.
+    switches.fill_uninitialized_memory = False
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        switches.fill_uninitialized_memory = before[2]
+        torch.set_num_threads(before[3])
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UsageError(
+            "no CUDA device is available", where="device = cuda", fix="give --device cpu"
+        )
+    return torch.device("cuda" if name != "cpu" and available else "cpu")

@@ -1,0 +1,207 @@
+"""Resuming in a loop of one's own: the same files, bit for bit, as a run that was never stopped."""
+
+from __future__ import annotations
+
+import filecmp
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn, optim
+
+from capture import Recorder, open_run
+from capture.store import LockedError, MismatchError, UsageError
+from capture.store.verify import verify_run
+
+TOTAL, EVERY = 13, 3
+
+
+class Stopped(Exception):
+    pass
+
+
+def make(seed: int = 0, width: int = 6) -> tuple[nn.Module, optim.Optimizer, Any]:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    model = nn.Sequential(
+        nn.Linear(5, width), nn.BatchNorm1d(width), nn.Dropout(0.5), nn.Linear(width, 2)
+    )
+    model.unused = nn.Parameter(torch.ones(2))
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return model, optimizer, optim.lr_scheduler.StepLR(optimizer, 5, 0.7)
+
+
+def run_loop(
+    path: Path,
+    *,
+    stop_after: int | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> Recorder:
+    """A user's loop: dropout and data from three generators, a checkpoint every 4 steps."""
+    model, optimizer, scheduler = make(seed)
+    options = {"every": EVERY, "gradients": "minibatch,updates@epoch", **options}
+    with Recorder(path, model, optimizer, resume=resume, **options) as recorder:
+        if recorder.restored is not None:
+            scheduler.load_state_dict(recorder.restored["scheduler"])
+        while recorder.step < TOTAL:
+            recorder.epoch = recorder.step // 4
+            x = torch.randn(8, 5) + float(np.random.rand()) + random.random()
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            recorder.log(loss=loss)
+            optimizer.step()
+            scheduler.step()
+            if recorder.step % 4 == 0:
+                recorder.checkpoint(scheduler=scheduler.state_dict())
+            if recorder.step == stop_after:
+                raise Stopped
+    return recorder
+
+
+def files(run: Path) -> list[str]:
+    """Every file that belongs to the data: not the lock, nor the resume states and their like."""
+    found = [path.relative_to(run) for path in run.rglob("*") if path.is_file()]
+    return sorted(
+        str(path)
+        for path in found
+        if ".straightway" not in path.parts or path.name == "commits.jsonl"
+    )
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    assert files(one) == files(other)
+    _, different, errors = filecmp.cmpfiles(one, other, files(one), shallow=False)
+    assert (different, errors) == ([], [])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "run.zarr"
+    run_loop(path)
+    return path
+
+
+@pytest.mark.parametrize("stops", [(4,), (6, 11)])
+def test_resumed_runs_are_the_same_files(
+    tmp_path: Path, uninterrupted: Path, stops: tuple[int, ...]
+) -> None:
+    path = tmp_path / "run.zarr"
+    for number, stop in enumerate(stops):
+        with pytest.raises(Stopped):
+            # Another seed: all that matters must come from the resume state.
+            run_loop(path, stop_after=stop, resume=number > 0, seed=number)
+        assert open_run(path).status == "recording"
+    recorder = run_loop(path, resume=True, seed=99)
+    assert (recorder.step, recorder.complete) == (TOTAL, True)
+    assert_equal_runs(path, uninterrupted)
+    verify_run(path)
+
+
+def test_comparison_of_runs_can_fail(tmp_path: Path, uninterrupted: Path) -> None:
+    run_loop(tmp_path / "run.zarr", seed=1)
+    with pytest.raises(AssertionError):
+        assert_equal_runs(tmp_path / "run.zarr", uninterrupted)
+
+
+def test_automatic_checkpoints(tmp_path: Path) -> None:
+    model, optimizer, _ = make()
+    path = tmp_path / "run.zarr"
+    recorder = Recorder(path, model, optimizer, checkpoint_every=2, gradients="none")
+    for _ in range(5):
+        optimizer.step()
+    with pytest.raises(Stopped), recorder:
+        raise Stopped
+    again = Recorder(path, *make(seed=1)[:2], gradients="none", resume=True)
+    assert (again.step, again.restored) == (4, {})
+    again.close()
+    assert open_run(path).scalar("lr").shape == (4,)
+
+
+def test_a_damaged_newest_state_falls_back_and_says_so(
+    tmp_path: Path, uninterrupted: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run.zarr"
+    with pytest.raises(Stopped):
+        run_loop(path, stop_after=9)
+    (newest,) = path.rglob("000000008-*.safetensors")
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    caplog.clear()
+    run_loop(path, resume=True)
+    assert "falling back to the state before" in caplog.text
+    assert_equal_runs(path, uninterrupted)
+
+
+def test_nothing_there_yet_starts_anew(tmp_path: Path, uninterrupted: Path) -> None:
+    assert run_loop(tmp_path / "run.zarr", resume=True).restored is None
+    assert_equal_runs(tmp_path / "run.zarr", uninterrupted)
+
+
+def test_rows_without_a_state_start_over(tmp_path: Path, uninterrupted: Path) -> None:
+    path = tmp_path / "run.zarr"
+    with pytest.raises(Stopped):
+        run_loop(path, stop_after=3)
+    assert open_run(path).stream("weights").steps.tolist() == [0]
+    recorder = run_loop(path, resume=True)
+    assert recorder.restored is None
+    assert_equal_runs(path, uninterrupted)
+
+
+def test_a_complete_run_is_left_alone(tmp_path: Path, uninterrupted: Path) -> None:
+    before = {name: (uninterrupted / name).stat().st_mtime_ns for name in files(uninterrupted)}
+    model, optimizer, _ = make()
+    with Recorder(
+        uninterrupted,
+        model,
+        optimizer,
+        every=EVERY,
+        gradients="minibatch,updates@epoch",
+        resume=True,
+    ) as recorder:
+        assert recorder.complete
+        assert recorder.step == TOTAL
+        optimizer.step()
+        recorder.checkpoint()
+    assert recorder.step == TOTAL
+    assert before == {name: (uninterrupted / name).stat().st_mtime_ns for name in before}
+
+
+def test_another_model_optimizer_or_schedule_is_refused_with_the_difference(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "run.zarr"
+    with pytest.raises(Stopped):
+        run_loop(path, stop_after=5)
+    model, optimizer, _ = make()
+    wider, wider_optimizer, _ = make(width=7)
+    nesterov = optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    same = {"every": EVERY, "gradients": "minibatch,updates@epoch", "resume": True}
+    with pytest.raises(MismatchError, match=r"'0.weight' has shape \[6, 5\] here and \[7, 5\]"):
+        Recorder(path, wider, wider_optimizer, **same)
+    with pytest.raises(MismatchError, match="'nesterov': True"):
+        Recorder(path, model, nesterov, **same)
+    with pytest.raises(MismatchError, match="'weights': '4'"):
+        Recorder(path, model, optimizer, **{**same, "every": 4})
+    with pytest.raises(UsageError, match="a run is already recorded here"):
+        Recorder(path, model, optimizer, **{**same, "resume": False})
+    # None of the refusals kept the lock or changed the run.
+    assert run_loop(path, resume=True).complete
+
+
+def test_a_second_recorder_on_the_same_run_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.zarr"
+    model, optimizer, _ = make()
+    recorder = Recorder(path, model, optimizer)
+    with pytest.raises(LockedError, match="another process is writing"):
+        Recorder(path, model, optimizer, resume=True)
+    optimizer.step()
+    recorder.close()
+    assert open_run(path).final_step == 1
