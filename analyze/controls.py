@@ -132,6 +132,8 @@ def own_path(run: Run) -> OwnPath | str:
     if facts.get("kind") != "sgd":
         name = facts.get("name", "an unknown optimizer")
         return f"no null: {name} has no closed form; {_INSTEAD}"
+    if run.attributes.get("optimizer_had_state"):
+        return "no null: the optimizer brought momentum along from before the first recorded step"
     missing = sorted(set(_NEEDED) - set(run.scalar_names()))
     if missing:
         return f"no null: the run has no every-step scalars {', '.join(missing)}"

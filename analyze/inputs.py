@@ -62,14 +62,8 @@ def _read(text: str) -> list[pa.Table]:
 
 
 def _measure(text: str) -> list[pa.Table]:
-    from analyze.compute import compute_moments
-    from analyze.references import parse_reference
-    from capture.store import open_run
-
-    run = open_run(text)
-    streams = [name for name in run.streams if name != "weights"] or ["weights"]
-    moments = compute_moments(text, streams, [parse_reference("final")])
-    return [tables.build(run, moments, by, name=text) for by in ("model", "layer")]
+    measured = tables.measure_run(text, ["final"], by=["model", "layer"])
+    return [measured["model"], measured["layer"]]
 
 
 def _without_repeats(table: pa.Table) -> pa.Table:

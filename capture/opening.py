@@ -44,6 +44,8 @@ class RunPlan:
             "schedules": dict(self.schedules),
             "initial_norm_by_tensor": [norm if math.isfinite(norm) else None for norm in initial],
             "frozen_digests": frozen_digests(self.seen),
+            # Momentum from before the first recorded step is no part of the recorded path.
+            "optimizer_had_state": bool(self.seen.optimizer.state),
         }
         if self.seen.not_stored:
             own["not_stored"] = list(self.seen.not_stored)

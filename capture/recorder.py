@@ -26,6 +26,7 @@ from torch import Tensor, nn, optim
 
 from capture.describe import describe, optimizer_facts
 from capture.hooks import StepHooks
+from capture.interruption import Interrupted
 from capture.opening import RunPlan, finished_step, frozen_digests, open_writer, start_over
 from capture.rng import restore_rng_state, rng_state
 from capture.schedule import Schedule
@@ -252,7 +253,7 @@ class Recorder:
         if error is None:
             self.close()
         else:
-            self._abandon()
+            self._abandon(error)
 
     def close(self) -> None:
         """Save w_T and mark the run complete; closing twice is harmless."""
@@ -287,7 +288,7 @@ class Recorder:
             concerns.append("the optimizer made no step: the run holds the initial weights alone")
         return concerns
 
-    def _abandon(self) -> None:
+    def _abandon(self, error: BaseException) -> None:
         """Leave after an exception: what was queued is written, the run stays incomplete."""
         snapshots = self._detach()
         if snapshots is None:
@@ -295,10 +296,18 @@ class Recorder:
         try:
             snapshots.queue.drain()
             self._writer.flush()
-        except StraightwayError as error:
-            logger.warning("%s", error)
+        except StraightwayError as failure:
+            if failure is not error:
+                logger.warning("%s", failure)
         finally:
             self._end(snapshots)
+        # An interruption says itself how to go on.
+        if not isinstance(error, Interrupted):
+            logger.warning(
+                "the run stays incomplete after %d updates: %s; go on with resume=True",
+                self.step,
+                self.path,
+            )
 
     def _detach(self) -> Snapshots | None:
         """Remove the hooks; return the snapshots of a run that is still open."""
@@ -310,12 +319,6 @@ class Recorder:
     def _end(self, snapshots: Snapshots) -> None:
         snapshots.queue.close()
         self._writer.close()
-        if not self.complete:
-            logger.warning(
-                "the run stays incomplete after %d updates: %s; go on with resume=True",
-                self.step,
-                self.path,
-            )
 
 
 def _is_writing_rank() -> bool:

@@ -15,9 +15,10 @@ from typing import Any
 
 from capture.store.errors import RESTORE, DamagedError, InputError, LockedError, WriteError
 
+_SPACE = "free space and try again; a stopped training goes on with --resume"
 _REASONS = {
-    errno.ENOSPC: ("the disk is full", "free space, then continue with --resume"),
-    errno.EDQUOT: ("the disk quota is used up", "free space, then continue with --resume"),
+    errno.ENOSPC: ("the disk is full", _SPACE),
+    errno.EDQUOT: ("the disk quota is used up", _SPACE),
     errno.EFBIG: ("the file would be larger than is allowed", "raise the limit (ulimit -f)"),
     errno.EROFS: ("the file system is read-only", "choose another place"),
     errno.EACCES: ("no permission to write", "choose another place or mend the permissions"),

@@ -464,7 +464,7 @@ def test_a_disk_that_is_really_full(sample, small_disk, tmp_path):
     ballast.write_bytes(bytes(200_000))
     path = small_disk / "run.zarr"
     writer = sample.create(path)
-    with pytest.raises(WriteError, match=r"the disk is full: .*; free space, then continue"):
+    with pytest.raises(WriteError, match=r"the disk is full: .*; free space and try again"):
         sample.write_steps(writer, 0, 1000)
     writer.close()
     check_every_row(sample, path)
