@@ -95,7 +95,7 @@ def _stream(rows: pa.Table, stream: str, reference: str, final: int) -> Iterator
     for part in (*PARTS, "after"):
         here = (parts == part) & defined
         if not here.any():
-            if part in PARTS:
+            if part in PARTS and reference != "step:0":  # nothing lies before w_0
                 yield (stream, part, "0", *[_NONE] * 4)
             continue
         yield (
@@ -120,7 +120,7 @@ def _notes(
     rows: pa.Table, streams: list[str], reference: str, final: int, undefined: int, metadata: Any
 ) -> Iterator[str]:
     end = end_of_path(reference, final)
-    if end is not None and streams:
+    if end and streams:
         tail = part_of(rows["step"].to_numpy(), reference, final) == "end"
         first, share = math.ceil((1 - END_SHARE) * end), f"{100 * END_SHARE:g} %"
         yield (
