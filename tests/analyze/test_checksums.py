@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analyze import checksums
-from analyze.moments import TILE, segment_moments
+from analyze.moments import GEOMETRY, MOMENTS, WITHOUT_GRADIENT, segment_moments
 
 needs_fast_checksums = pytest.mark.skipif(
     not checksums.AVAILABLE, reason="this processor has no wide carry-less multiplication"
@@ -16,8 +16,8 @@ needs_fast_checksums = pytest.mark.skipif(
 
 @needs_fast_checksums
 @given(
-    # Around the folded block (64 values), around a tile, and in between.
-    size=st.one_of(st.integers(1, 300), st.integers(TILE - 70, TILE + 70)),
+    # Around the folded block (64 or 32 values), and many of them with or without a rest.
+    size=st.one_of(st.integers(1, 300), st.integers(9_000, 9_300)),
     dtype=st.sampled_from(["f4", "f8"]),
     seed=st.integers(0, 1000),
 )
@@ -29,6 +29,31 @@ def test_both_checksums_are_the_packages(size: int, dtype: str, seed: int) -> No
     )
     assert found.weights_checksum == crc32c(bits[1])
     assert found.gradient_checksum == crc32c(bits[0])
+
+
+@needs_fast_checksums
+@pytest.mark.parametrize("moments", [MOMENTS, GEOMETRY, WITHOUT_GRADIENT])
+@pytest.mark.parametrize(
+    ("check_weights", "check_gradient"), [(True, False), (False, True), (True, True)]
+)
+def test_checksums_and_sums_do_not_depend_on_each_other(
+    moments: tuple[str, ...], check_weights: bool, check_gradient: bool
+) -> None:
+    gradient, weights, reference = np.random.default_rng(0).standard_normal((3, 1000), "f4")
+    cuts = np.array([0, 3, 500, 1000])
+    found = segment_moments(
+        gradient,
+        weights,
+        reference,
+        cuts,
+        moments=moments,
+        check_weights=check_weights,
+        check_gradient=check_gradient,
+    )
+    assert found.weights_checksum == (crc32c(weights) if check_weights else None)
+    assert found.gradient_checksum == (crc32c(gradient) if check_gradient else None)
+    unchecked = segment_moments(gradient, weights, reference, cuts, moments=moments)
+    assert found.sums.tobytes() == unchecked.sums.tobytes()
 
 
 @needs_fast_checksums

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from analyze.moments import (
     GEOMETRY,
     MOMENTS,
-    TILE,
     WITHOUT_GRADIENT,
     moment_kind,
     segment_moments,
@@ -26,13 +25,16 @@ Values = NDArray[Any]
 # of absolute values; N is below 2·10^5 here, and roundings of random sign nearly cancel.
 ROUNDING = 1e-13
 
+# Coordinates in many whole blocks.
+LONG = 32_768
+
 dtypes = st.sampled_from(["f4", "f8"])
 
 
 @st.composite
 def cut_runs(draw: st.DrawFn) -> tuple[int, Values]:
-    """A length that is small or crosses tiles, and where tensors cut it; some may be empty."""
-    size = draw(st.one_of(st.integers(1, 80), st.integers(TILE - 3, 2 * TILE + 100)))
+    """A length that is small or has many blocks, and where tensors cut it; some may be empty."""
+    size = draw(st.one_of(st.integers(1, 80), st.integers(LONG - 3, 2 * LONG + 100)))
     inner = draw(st.lists(st.integers(0, size), max_size=6))
     return size, np.array([0, *sorted(inner), size])
 
@@ -84,10 +86,10 @@ def test_float32_products_are_not_rounded_to_float32() -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", [0, 1, 2])
 def test_non_finite_coordinates_are_counted_in_their_segment_only(value: float, where: int) -> None:
-    triple = [values.copy() for values in vectors(TILE + 20, "f4", "f4", 3)]
-    cuts = np.array([0, 100, TILE + 20])
+    triple = [values.copy() for values in vectors(LONG + 20, "f4", "f4", 3)]
+    cuts = np.array([0, 100, LONG + 20])
     clean = segment_moments(*triple, cuts)
-    triple[where][[150, TILE + 5]] = value
+    triple[where][[150, LONG + 5]] = value
     triple[(where + 1) % 3][150] = np.nan  # one coordinate counts once
     found = segment_moments(*triple, cuts)
     assert found.nonfinite.tolist() == [0, 2]

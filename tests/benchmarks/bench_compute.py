@@ -35,7 +35,7 @@ from analyze.references import parse_reference
 from capture.store import RunWriter, Tensor, TensorTable
 
 SIZE, TENSORS, ROWS, THREADS = 11_200_000, 62, 30, 2
-TURNS, PLAIN_TURNS = 7, 2
+TURNS, PLAIN_TURNS = 15, 2
 FINAL = [parse_reference("final")]
 
 Row = dict[str, Any]
