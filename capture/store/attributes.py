@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from crc32c import crc32c
+
 from capture.store.arrays import read_document
 from capture.store.errors import RESTORE, DamagedError, NotARunError, UsageError
 from capture.store.layout import (
+    ATTRIBUTES_CHECKSUM,
     ATTRIBUTES_KEY,
     COMMIT_LOG,
     COMPLETE,
@@ -25,6 +29,39 @@ from capture.store.layout import (
     WEIGHTS,
 )
 
+# Attributes that the store writes itself.
+OWN_ATTRIBUTES = frozenset(
+    ("format", "status", "final_step", "streams", "tensors", "digests", "frozen_crc32c")
+) | {ATTRIBUTES_CHECKSUM}
+
+
+def check_given(attributes: Mapping[str, Any]) -> None:
+    """`UsageError` for attributes that the store keeps for itself or that JSON cannot hold."""
+    if taken := sorted(OWN_ATTRIBUTES & attributes.keys()):
+        raise UsageError(
+            "the store writes this attribute itself", where=taken[0], fix="choose another name"
+        )
+    for name, value in attributes.items():
+        try:
+            attributes_checksum({name: value})
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UsageError(
+                f"an attribute that JSON cannot hold ({error})",
+                where=name,
+                fix="keep text, finite numbers, lists and dicts of these",
+            ) from error
+
+
+def attributes_checksum(entries: Mapping[str, Any]) -> str:
+    """Crc32c of the attributes without their own checksum, as 8 hexadecimal digits.
+
+    Of their JSON with sorted keys, no spaces and ASCII only, so that it does not matter how a
+    `zarr.json` is laid out.
+    """
+    rest = {name: value for name, value in entries.items() if name != ATTRIBUTES_CHECKSUM}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return f"{crc32c(text.encode()):08x}"
+
 
 def refuse_taken(path: Path) -> None:
     """Refuse a path that cannot become a new run: `UsageError` where it is already something."""
@@ -34,11 +71,12 @@ def refuse_taken(path: Path) -> None:
         raise UsageError("a file is in the way", where=path, fix="choose another --out")
     if (path / METADATA).exists():
         try:
-            read_attributes(path)
+            complete = read_attributes(path)["status"] == COMPLETE
         except NotARunError:
             pass
         else:
-            fix = "continue it with --resume, or choose another --out"
+            go_on = "continue it with --resume (resume=True in a Recorder), or "
+            fix = f"{'' if complete else go_on}choose another --out"
             raise UsageError("a run is already recorded here", where=path, fix=fix)
     elif _holds_no_more_than_a_start(path):
         return
@@ -64,13 +102,17 @@ def read_attributes(root: Path) -> dict[str, Any]:
     document = read_document(root, METADATA)
     attributes = document.get("attributes")
     entries = attributes.get(ATTRIBUTES_KEY) if isinstance(attributes, dict) else None
-    if not isinstance(entries, dict) or not isinstance(entries.get("format"), int):
+    if not isinstance(entries, dict) or not _is_count(entries.get("format")):
         raise NotARunError("a zarr.json, but not that of a run", where=root, fix=remedy)
     if entries["format"] > FORMAT_VERSION:
         raise NotARunError(
             f"the run has format {entries['format']}, this version reads up to {FORMAT_VERSION}",
             where=root,
             fix="upgrade straightway",
+        )
+    if _checksum_of(entries) != entries.get(ATTRIBUTES_CHECKSUM):
+        raise DamagedError(
+            "the run's attributes do not match their checksum", where=root / METADATA, fix=RESTORE
         )
     unsound = [name for name, check in _CHECKS.items() if not check(entries.get(name), entries)]
     if unsound:
@@ -80,6 +122,13 @@ def read_attributes(root: Path) -> dict[str, Any]:
             fix=RESTORE,
         )
     return entries
+
+
+def _checksum_of(entries: Mapping[str, Any]) -> str | None:
+    try:
+        return attributes_checksum(entries)
+    except ValueError:  # NaN, which Python reads from JSON and we never write
+        return None
 
 
 def streams_are_sound(streams: Any) -> bool:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from capture.store import plain
-from capture.store.errors import UsageError
 from capture.store.files import write_durably
 from capture.store.frozen import read_frozen
 from capture.store.layout import WEIGHTS
 from capture.store.reader import Run, open_run
 from capture.store.shard import ShardLayout
+from capture.store.target import check_target
 
 _STORED_AS = {"F32": "<f4", "F64": "<f8", "F16": "<f2"}
 
@@ -31,9 +30,7 @@ def export_state_dict(
     Returns the names written. `UnknownNameError` where the step is not recorded, `DamagedError`
     where its bytes are not as committed, `UsageError` where `out` cannot be written.
     """
-    run, target = open_run(path), Path(out)
-    if target.is_dir() or not target.parent.is_dir():
-        raise UsageError("no file can be written here", where=target, fix="name another file")
+    run, target = open_run(path), check_target(out)
     tensors = _raw_tensors(run, step)
     table = run.table
     wanted = (*table.parameters, *table.buffers, *table.frozen)

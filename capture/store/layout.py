@@ -10,6 +10,7 @@ import numpy as np
 
 FORMAT_VERSION = 1
 ATTRIBUTES_KEY = "straightway"
+ATTRIBUTES_CHECKSUM = "crc32c"
 METADATA = "zarr.json"
 PRIVATE_FOLDER = ".straightway"
 COMMIT_LOG = "commits.jsonl"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 from capture.store.errors import DamagedError
@@ -53,16 +54,28 @@ def parse(data: bytes | memoryview, where: str) -> dict[str, Entry]:
     Checks what the format demands: a JSON header, known dtypes, and offsets that fit the shapes
     and leave no byte of the file uncovered.
     """
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
+    length = header_length(data[:8], len(data), where)
+    return parse_header(bytes(data[8 : 8 + length]), len(data), where)
+
+
+def header_length(start: bytes | memoryview, size: int, where: str) -> int:
+    """Read the length of the header from the first 8 bytes of a file of `size` bytes."""
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
         raise DamagedError("no safetensors file, its header is cut off", where=where)
+    return length
+
+
+def parse_header(header: bytes, size: int, where: str) -> dict[str, Entry]:
+    """Find the tensors by name from the header of a file of `size` bytes, as `parse` does."""
+    data_start = 8 + len(header)
     try:
-        header = json.loads(bytes(data[8 : 8 + length]))
-        header.pop("__metadata__", None)
-        entries = {name: _entry(name, fields, 8 + length) for name, fields in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        document = json.loads(header)
+        document.pop("__metadata__", None)
+        entries = {name: _entry(name, fields, data_start) for name, fields in document.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError("the safetensors header cannot be read", where=where) from error
-    position = 8 + length
+    position = data_start
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.stop)):
         sound = entry.start == position and entry.stop - entry.start == entry.tensor.nbytes
         if not sound:
@@ -71,14 +84,14 @@ def parse(data: bytes | memoryview, where: str) -> dict[str, Entry]:
                 where=where,
             )
         position = entry.stop
-    if position != len(data):
-        raise DamagedError(f"{len(data)} bytes where the header promises {position}", where=where)
+    if position != size:
+        raise DamagedError(f"{size} bytes where the header promises {position}", where=where)
     return entries
 
 
 def _entry(name: str, fields: Mapping[str, Any], data_start: int) -> Entry:
-    shape = tuple(int(size) for size in fields["shape"])
-    start, stop = (int(offset) for offset in fields["data_offsets"])
+    shape = tuple(index(size) for size in fields["shape"])
+    start, stop = (index(offset) for offset in fields["data_offsets"])
     if fields["dtype"] not in DTYPE_BYTES or min(shape, default=0) < 0:
         raise ValueError(name)
     return Entry(Tensor(name, shape, fields["dtype"]), data_start + start, data_start + stop)

@@ -11,7 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from capture.store.shard import Staging
-from capture.store.writer import RunWriter
+from capture.store.writer import FLUSH_SECONDS, RunWriter
 
 
 class SnapshotQueue:
@@ -103,7 +103,7 @@ class SnapshotQueue:
         self._thread.join()
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._next()) is not None:
             if self._failure is not None:
                 continue
             try:
@@ -113,3 +113,10 @@ class SnapshotQueue:
                 # Wake a training thread that waits for a buffer.
                 for free in list(self._free.values()):
                     free.put(None)
+
+    def _next(self) -> Callable[[], None] | None:
+        """Wait for a job; where none comes for a while, what was committed is flushed."""
+        try:
+            return self._jobs.get(timeout=FLUSH_SECONDS)
+        except queue.Empty:
+            return self._writer.flush

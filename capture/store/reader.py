@@ -100,7 +100,7 @@ class Run:
             raise UnfinishedError(
                 "the run has not finished, so it has no final iterate",
                 where=self.path,
-                fix="finish it with --resume, or use --reference step:N",
+                fix="finish it with --resume (Recorder: resume=True), or use --reference step:N",
             )
         weights = self.stream(WEIGHTS)
         row = len(weights.steps) - 1

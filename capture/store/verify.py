@@ -19,6 +19,8 @@ from capture.store.log import Commit
 from capture.store.reader import Run, Stream, open_run
 from capture.store.shard import ShardLayout
 
+_REWRITE = "the log is right: `capture.store.RunWriter.reopen(RUN).close()` in Python rewrites this"
+
 
 @dataclass
 class Verification:
@@ -57,14 +59,15 @@ def _checks(
     run: Run, found: Verification, progress: Callable[[int], None] | None
 ) -> Iterator[Callable[[], object]]:
     """Yield everything there is to check, each as a call of its own."""
-    weights: Stream | None = None
-    for name in run.stream_names:
+    streams: dict[str, Stream] = {}
+    # The weights last: in a run that is being recorded, those of every gradient are there by now.
+    for name in reversed(run.stream_names):
         try:
-            stream = run.stream(name)
+            streams[name] = run.stream(name)
         except InputError as error:
             found.problems.append(error)
-            continue
-        weights = stream if name == WEIGHTS else weights
+    weights = streams.get(WEIGHTS)
+    for stream in reversed(streams.values()):
         for commit in stream.commits:
             yield partial(_check_shard, stream, commit, found, progress)
         yield partial(_check_coordinates, run, stream)
@@ -101,20 +104,24 @@ def _check_shard(
 
 
 def _check_coordinates(run: Run, stream: Stream) -> None:
-    """Step, epoch and batch must be those of the log; in a running run they may lag behind it."""
+    """Step, epoch and batch must be those of the log.
+
+    While a run is being recorded, they may lag behind it, or be ahead of what was read of it.
+    """
     folder = stream_folder(stream.name)
     expected = {"step": stream.steps, "epoch": stream.epochs}
     if stream.batches is not None:
         expected["batch"] = np.arange(stream.batches)
     for name, values in expected.items():
         stored = read_small(run.path, f"{folder}/{name}")
-        lag_is_fine = not run.complete and name != "batch" and len(stored) <= len(values)
-        known = values[: len(stored)] if lag_is_fine else values
-        if not np.array_equal(stored, known, equal_nan=True):
+        if not run.complete and name != "batch":
+            common = min(len(stored), len(values))
+            stored, values = stored[:common], values[:common]
+        if not np.array_equal(stored, values, equal_nan=True):
             raise DamagedError(
                 f"the coordinate {name!r} does not agree with the commit log",
                 where=run.path / folder / name,
-                fix="the log is right; `RunWriter.reopen` rewrites the coordinates from it",
+                fix=_REWRITE,
             )
 
 
@@ -129,11 +136,11 @@ def _check_with_zarr(run: Run, stream: Stream) -> None:
     except Exception as error:  # whatever a reader of another make says of damaged metadata
         what = f"zarr cannot read this stream ({error})"
         raise DamagedError(what, where=folder, fix=RESTORE) from error
-    if rows > len(stream):
+    if run.complete and rows != len(stream):
         raise DamagedError(
             f"the array has {rows} rows, the commit log {len(stream)}",
             where=folder / "value",
-            fix="the log is right; `RunWriter.reopen` rewrites the shape from it",
+            fix=_REWRITE,
         )
 
 

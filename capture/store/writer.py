@@ -16,11 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capture.store.attributes import read_attributes, refuse_taken, streams_are_sound
+from capture.store.attributes import (
+    attributes_checksum,
+    check_given,
+    read_attributes,
+    refuse_taken,
+    streams_are_sound,
+)
 from capture.store.errors import MismatchError, UsageError
 from capture.store.files import Lock, make_folders, remove, write_json, writing
 from capture.store.frozen import write_frozen
 from capture.store.layout import (
+    ATTRIBUTES_CHECKSUM,
     ATTRIBUTES_KEY,
     COMPLETE,
     FORMAT_VERSION,
@@ -80,12 +87,14 @@ class RunWriter:
         """Create a new run.
 
         `streams` maps the name of each stream to its number of batches, `None` where it has no
-        such axis; `weights` is always there. `frozen` gives the raw bytes of the frozen tensors.
-        `UsageError` where the path holds a run or anything else; `LockedError` where another
-        process is creating it.
+        such axis; `weights` is always there. `attributes` are JSON values of the caller's. `frozen`
+        gives the raw bytes of the frozen tensors. `UsageError` where the path holds a run or
+        anything else, or an attribute cannot be kept; `LockedError` where another process is
+        creating it.
         """
         if not streams_are_sound(streams):
             raise UsageError(f"{dict(streams)!r} cannot be streams", fix="use letters, - and _")
+        check_given(attributes or {})
         root = Path(path).absolute()
         private = root / WEIGHTS / "value" / PRIVATE_FOLDER
         with writing(root):
@@ -226,7 +235,8 @@ class RunWriter:
         self._scalars.truncate(step)
 
     def update_attributes(self, **values: Any) -> None:
-        """Merge values into the run's attributes."""
+        """Merge values into the run's attributes; `UsageError` for those the store writes."""
+        check_given(values)
         self._attributes.update(values)
         self._write_attributes()
 
@@ -249,6 +259,7 @@ class RunWriter:
         self._lock.release()
 
     def _write_attributes(self) -> None:
+        self._attributes[ATTRIBUTES_CHECKSUM] = attributes_checksum(self._attributes)
         document = group_document({ATTRIBUTES_KEY: self._attributes})
         write_json(self.path / METADATA, document, self.state_folder)
 

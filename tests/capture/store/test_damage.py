@@ -17,6 +17,7 @@ from capture.store import (
     open_run,
     verify_run,
 )
+from capture.store.attributes import attributes_checksum
 
 ROW, CHUNKS = 1, 2
 VALUES = {"weights": "weights/value", "minibatch": "gradients/minibatch/value"}
@@ -206,8 +207,20 @@ def edit_json(*keys, value):
     return damage
 
 
-def edit_root(*keys, value):
-    return edit_json("attributes", "straightway", *keys, value=value)
+def edit_root(*keys, value, sealed=True):
+    """Damage that sets one attribute; `sealed` makes their checksum agree, to reach what lies
+    behind it, as a faulty writer would."""
+    edit = edit_json("attributes", "straightway", *keys, value=value)
+
+    def damage(path):
+        edit(path)
+        if sealed:
+            document = json.loads(path.read_bytes())
+            entries = document["attributes"]["straightway"]
+            entries["crc32c"] = attributes_checksum(entries)
+            put(path, json.dumps(document).encode())
+
+    return damage
 
 
 ROOT_DAMAGE = {
@@ -232,6 +245,20 @@ ROOT_DAMAGE = {
     "batches": (edit_root("streams", "minibatch", value="2"), DamagedError, "streams"),
     "no streams": (edit_root("streams", value={}), DamagedError, "streams"),
     "digests": (edit_root("digests", value=[]), DamagedError, "digests"),
+    "not a number": (edit_root("format", value=True), NotARunError, "not that of a run"),
+    "unsealed": (edit_root("config", value={"lr": 1}, sealed=False), DamagedError, "checksum"),
+    "NaN": (edit_root("config", value=float("nan"), sealed=False), DamagedError, "checksum"),
+    "group": (
+        edit_root("tensors", "parameters", 0, "group", value=1, sealed=False),
+        DamagedError,
+        "checksum",
+    ),
+    "name": (
+        edit_root("tensors", "parameters", 0, "name", value="x", sealed=False),
+        DamagedError,
+        "checksum",
+    ),
+    "no checksum": (edit_root("crc32c", value=None, sealed=False), DamagedError, "checksum"),
     "link": (
         lambda root: root.symlink_to(root.rename(beside(root))),
         DamagedError,

@@ -19,6 +19,7 @@ from capture.store import (
     UnknownNameError,
     UsageError,
     export_state_dict,
+    verify_run,
 )
 
 NAMES = {
@@ -168,6 +169,10 @@ def test_damage_gives_no_file(run_path, tmp_path, part):
 
 
 def test_a_folder_is_no_place_for_a_file(run_path, tmp_path):
-    for out in (tmp_path, tmp_path / "missing/out"):
-        with pytest.raises(UsageError, match="no file can be written here"):
+    places = {tmp_path: "a folder", tmp_path / "missing/out": "no such folder"}
+    places[run_path / "zarr.json"] = "inside a run"
+    places[run_path / "weights/value/.straightway/commits.jsonl"] = "inside a run"
+    for out, words in places.items():
+        with pytest.raises(UsageError, match=words):
             export_state_dict(run_path, 1, out)
+    assert verify_run(run_path).sound

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 
@@ -169,3 +170,56 @@ def test_closing_writes_what_is_queued_and_may_be_done_twice(writer):
     queue.close()
     queue.close()
     assert writer.committed_steps("weights") == [0]
+
+
+def test_what_was_committed_is_seen_while_the_training_pauses(sample, writer, tmp_path):
+    queue = SnapshotQueue(writer)
+    for step in range(3):
+        staging = queue.acquire("weights")
+        sample.fill(staging, step)
+        queue.submit("weights", staging, step=step)
+        queue.scalars(step, {"loss": 1.0})
+    queue.drain()
+    path, late = tmp_path / "run.zarr", time.monotonic() + SOON
+
+    def seen():
+        shape = json.loads((path / "weights/value/zarr.json").read_text())["shape"]
+        known = "loss" in open_run(path).scalar_names()
+        return shape[0], len(open_run(path).scalar("loss")) if known else 0
+
+    while time.monotonic() < late and seen() != (3, 3):
+        time.sleep(0.05)
+    assert seen() == (3, 3)
+    queue.close()
+
+
+def test_a_run_that_is_being_recorded_verifies(sample, writer, tmp_path):
+    """Again and again while rows are added: what was read of the log may be older than the rest."""
+    queue = SnapshotQueue(writer)
+    stop = threading.Event()
+
+    def record():
+        step = 0
+        while not stop.is_set():
+            for stream in ("weights", "minibatch"):
+                staging = queue.acquire(stream)
+                queue.submit(stream, staging, step=step)
+            queue.scalars(step, {"loss": 1.0})
+            queue.call(writer.flush)
+            step += 1
+
+    thread, _ = in_a_thread(record)
+    try:
+        for _ in range(20):
+            assert [str(problem) for problem in verify_run(tmp_path / "run.zarr").problems] == []
+    finally:
+        stop.set()
+        thread.join()
+        queue.close()
+
+
+def test_a_closed_queue_takes_nothing(writer):
+    queue = SnapshotQueue(writer)
+    queue.close()
+    with pytest.raises(ValueError, match="closed"):
+        queue.acquire("weights")

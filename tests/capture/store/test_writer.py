@@ -11,6 +11,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -81,8 +82,11 @@ def test_a_file_a_run_and_a_foreign_folder_are_refused(sample, run_path, tmp_pat
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UsageError, match="a file is in the way"):
         sample.create(tmp_path / "file")
-    with pytest.raises(UsageError, match=r"already recorded here.*--resume"):
+    with pytest.raises(UsageError, match=r"already recorded here.*; choose another"):
         sample.create(run_path)
+    sample.create(tmp_path / "stopped.zarr").close()
+    with pytest.raises(UsageError, match=r"already recorded here.*--resume \(resume=True"):
+        sample.create(tmp_path / "stopped.zarr")
     (tmp_path / "zarr").mkdir()
     (tmp_path / "zarr/zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
     with pytest.raises(UsageError, match="neither empty nor a run"):
@@ -216,12 +220,41 @@ def test_a_second_process_is_refused_until_the_first_is_gone(sample, program, tm
 
 
 def test_a_failed_creation_gives_the_lock_back(sample, tmp_path):
-    with pytest.raises(ValueError, match=r"NaN|Out of range"):
-        RunWriter.create(
-            tmp_path / "run.zarr", sample.TABLE, streams={}, frozen=sample.FROZEN,
-            attributes={"lr": float("nan")},
-        )  # fmt: skip
+    with pytest.raises(KeyError):
+        RunWriter.create(tmp_path / "run.zarr", sample.TABLE, streams={}, frozen={})
     sample.create(tmp_path / "run.zarr").close()
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{"lr": float("nan")}, {"model": object()}, {"format": 7}, {"streams": {}}, {"crc32c": "0"}],
+)
+def test_attributes_that_cannot_be_kept_are_refused_before_anything_is_made(
+    sample, tmp_path, attributes
+):
+    with pytest.raises(UsageError, match=r"JSON cannot hold|writes this attribute itself"):
+        RunWriter.create(
+            tmp_path / "run.zarr", sample.TABLE, streams={}, attributes=attributes, frozen={}
+        )
+    assert not (tmp_path / "run.zarr").exists()
+    with closing(sample.create(tmp_path / "run.zarr")) as writer, pytest.raises(UsageError):
+        writer.update_attributes(**attributes)
+    assert open_run(tmp_path / "run.zarr").status == "recording"
+
+
+def test_the_log_is_synced_after_its_line_is_written(sample, tmp_path, monkeypatch):
+    writer = sample.create(tmp_path / "run.zarr")
+    log = tmp_path / "run.zarr/weights/value/.straightway/commits.jsonl"
+    synced = []
+
+    def fsync(descriptor):
+        if os.fstat(descriptor).st_ino == log.stat().st_ino:
+            synced.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    sample.write_steps(writer, 0, 1)
+    writer.close()
+    assert synced == [log.stat().st_size]
 
 
 # Going on.
