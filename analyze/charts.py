@@ -1,7 +1,7 @@
 """Figures as values, and how they become SVG, PNG and PDF.
 
-What is drawn is decided in `analyze.figures`. Widths are in inches: `COLUMN` and `PAGE` are those
-of a journal's column and page.
+What is drawn is decided in `analyze.figures`. Widths are in inches; `COLUMN` is that of one of the
+two columns of a journal's page.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from analyze.axes import (
 )
 from analyze.heatmap import HeatMap, draw_cells
 
-Dash = Literal["-", "--", ":", "-."]
+# A name, or an offset and the lengths of strokes and gaps.
+Dash = Literal["-", "--", ":", "-."] | tuple[int, tuple[float, ...]]
 Format = Literal["svg", "png", "pdf"]
 FORMATS: tuple[Format, ...] = ("png", "svg", "pdf")
-COLUMN, PAGE = 3.25, 6.75
+COLUMN = 3.25
 
 _METADATA: dict[str, dict[str, None]] = {
     "svg": dict.fromkeys(("Date", "Creator", "Format", "Type")),
@@ -143,7 +144,7 @@ def _figure(chart: Chart | HeatMap, width: float) -> tuple[Figure, Axes]:
 
 def _draw_lines(axes: Axes, chart: Chart) -> None:
     for line in chart.lines:
-        axes.plot(line.x, line.y, line.dash, color=line.color, marker=_marker(line), markersize=2)
+        axes.plot(line.x, line.y, ls=line.dash, color=line.color, marker=_marker(line), ms=2)
         if line.low is not None and line.high is not None:
             axes.fill_between(line.x, line.low, line.high, color=line.color, alpha=0.18, lw=0)
     scale_values(axes, drawn_values(chart.lines))

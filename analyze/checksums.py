@@ -9,7 +9,7 @@ Instruction" (Intel, 2009): 128 bits move on by d bits when their halves are mul
 x^(d+32) and x^(d-32) modulo the polynomial. The 256 bytes that remain go through the processor's
 own crc32 instruction, so that no last reduction has to be written.
 
-Numba keeps the compiled kernels by the age of `moments.py` alone: after a change here, touch it.
+Numba keeps the compiled kernels by the age of `kernels.py` alone: after a change here, touch it.
 """
 
 from __future__ import annotations

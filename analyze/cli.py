@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
 
 import click
 
@@ -15,13 +20,15 @@ from capture.command_line import Group
 
 @click.group(cls=Group)
 @click.version_option(__version__, message="straightway %(version)s")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Measure recorded runs, as often as you like. (Record them first with `capture`.)"""
+    context.with_resource(_terminable())
 
 
 @main.command(
-    example="analyze compute runs/first.zarr --reference final --reference step:0 "
-    "--out runs/first.parquet"
+    example="analyze compute runs/first.zarr --reference final --reference step:0 \\\n"
+    "  --out runs/first.parquet"
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=click.Path())
 @click.option(
@@ -62,13 +69,16 @@ def compute(
 ) -> None:
     """Measure runs into a table, and print the verdict.
 
-    The table has one row per run, stream, step, batch, group of tensors and reference. Every byte
-    that leads to a number is verified.
+    RUN is a folder that `capture train --out` or a Recorder wrote. The table has one row per run,
+    stream, step, batch, group of tensors and reference. Every byte that leads to a number is
+    verified.
     """
-    from analyze.tables import check_writable, concatenate, measure_run, write_table
-    from analyze.verdict import verdict
+    from analyze.tables import concatenate, measure_run, write_table
+    from analyze.verdict import counted, verdict
+    from capture.store.target import check_target
 
-    check_writable(out)
+    files = [text.removeprefix("file:") for text in references if text.startswith("file:")]
+    check_target(out, [*runs, *files])
     groupings = list(dict.fromkeys(["model", by]))
     measured = []
     for run in dict.fromkeys(runs):
@@ -86,7 +96,7 @@ def compute(
     table = concatenate([tables[by] for tables in measured])
     write_table(table, out)
     _print(verdict(concatenate([tables["model"] for tables in measured])))
-    click.echo(f"{table.num_rows} rows in {out}; next:", err=True)
+    click.echo(f"{counted(table.num_rows)} in {out}; next:", err=True)
     page = shlex.quote(f"{out.removesuffix('.parquet')}.html")
     click.echo(f"  analyze report {shlex.quote(out)} --out {page}", err=True)
 
@@ -105,24 +115,43 @@ def compute(
 def report(
     inputs: tuple[str, ...], out: str, figures: str | None, formats: str | None, width: float
 ) -> None:
-    """Make one HTML page of figures and exact values; it needs no network.
+    """Make one HTML page of figures and exact values.
 
-    Tables are those that `analyze compute` wrote; runs are measured against final.
+    The page needs no network. A TABLE is what `analyze compute` wrote; a RUN is measured against
+    final.
     """
     from pathlib import Path
 
     from analyze.report import write_report
-    from analyze.tables import check_writable
     from capture.store.errors import UsageError
+    from capture.store.target import check_target
 
     if formats is not None and figures is None:
         raise UsageError("--format is for files of figures", fix="say where with --figures DIR")
-    check_writable(out)
+    check_target(out, inputs)
     chosen = (formats or "pdf").split(",") if figures is not None else []
     folder = None if figures is None else Path(figures)
     written = write_report(inputs, Path(out), figures_dir=folder, formats=chosen, width=width)
     for path in written:
         click.echo(str(path), err=True)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """End on SIGTERM with one line and exit code 143, so that nothing half-made stays behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, _: FrameType | None) -> NoReturn:
+        os.write(2, b"error: terminated\n")
+        sys.exit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

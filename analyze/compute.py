@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import uuid
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -130,6 +131,8 @@ class _Session:
         self.references: list[BoundReference] = [
             reference.bind(self.run) for reference in plan.references
         ]
+        # When `_open` has dropped the session and the last block is done with it.
+        weakref.finalize(self, _close, self.references)
 
     @cached_property
     def segments(self) -> list[tuple[int, NDArray[np.int64]]]:
@@ -156,6 +159,12 @@ class _Session:
             ) from error
 
 
+def _close(references: Sequence[BoundReference]) -> None:
+    for reference in references:
+        reference.close()
+
+
+# At most two stay open on a worker that waits for the next call.
 @lru_cache(maxsize=2)
 def _open(plan: _Plan) -> _Session:
     return _Session(plan)

@@ -37,13 +37,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from capture.store.reader import Run
-
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-
-_NEEDED = ("grad_norm_by_tensor", "group_lr", "group_momentum", "group_weight_decay")
-_INSTEAD = "compare with branches, held-out minibatches or the updates"
 
 
 class Recursion(NamedTuple):
@@ -90,6 +85,22 @@ class OwnPath:
         also = ", and to w_0, which weight decay brings in" if self.recursion.shrink.any() else ""
         return f"exact for {self.method} if its gradients were orthogonal to each other{also}"
 
+    def unsound(self) -> int | None:
+        """First step whose norms or settings are not finite, 0 for ‖w_0‖; `None` if there is none.
+
+        Nothing on a path that passes through it has a null.
+        """
+        start = np.isfinite(self.initial_norms[self._decayed()]).all()
+        sound = np.isfinite(self.grad_norms).all(axis=1)
+        for part in self.recursion:
+            sound &= np.isfinite(part).all(axis=1)
+        return 0 if not start else None if sound.all() else int(np.argmin(sound))
+
+    def _decayed(self) -> NDArray[np.bool_]:
+        """Which tensors weight decay reaches, ``[P]``."""
+        by_group = np.append(self.recursion.shrink.any(axis=0), False)
+        return np.asarray(by_group[self.groups], bool)
+
     def null(self, steps: Integers, end: int) -> Null:
         """Compute the null at `steps`, in ascending order, with w* = w_`end`.
 
@@ -100,8 +111,7 @@ class OwnPath:
         inside = steps < len(self.grad_norms)
         grad[inside] = self.grad_norms[steps[inside]] ** 2
         # Without decay w_0 has no part in e; it is left out, not cancelled.
-        decayed = np.append(self.recursion.shrink.any(axis=0), False)[self.groups]
-        start = np.where(decayed, self.initial_norms, 0.0)
+        start = np.where(self._decayed(), self.initial_norms, 0.0)
         shares = _own_shares(self.recursion, end)
         _ahead(shares[0], self.grad_norms, self.groups, steps, end, dot, dist)
         _behind(self.recursion, shares, self.grad_norms, start, self.groups, steps, end, dist)
@@ -124,49 +134,6 @@ def sgd_recursion(
     keep = np.where(active, momentum, 1.0)
     parts = (lr * along * decay, lr * back, gain * decay, keep, lr * along, gain)
     return Recursion(*(np.ascontiguousarray(part, dtype=np.float64) for part in parts))
-
-
-def own_path(run: Run) -> OwnPath | str:
-    """Read what the null needs from a run; where there is no null, say why in words."""
-    facts = run.attributes.get("optimizer", {})
-    if facts.get("kind") != "sgd":
-        name = facts.get("name", "an unknown optimizer")
-        return f"no null: {name} has no closed form; {_INSTEAD}"
-    if run.attributes.get("optimizer_had_state"):
-        return "no null: the optimizer brought momentum along from before the first recorded step"
-    missing = sorted(set(_NEEDED) - set(run.scalar_names()))
-    if missing:
-        return f"no null: the run has no every-step scalars {', '.join(missing)}"
-    norms, lr, momentum, decay = (run.scalar(name) for name in _NEEDED)
-    initial = run.attributes.get("initial_norm_by_tensor")
-    if decay.any() and initial is None:
-        return "no null: weight decay brings in ‖w_0‖, which the run does not tell"
-    groups = [-1 if tensor.group is None else tensor.group for tensor in run.table.parameters]
-    for index, name in enumerate(run.table.names):
-        # torch leaves a tensor without a gradient alone, momentum and decay included.
-        absent = run.attributes.get("gradient_missing", {}).get(name, 0)
-        if absent >= len(norms):
-            groups[index] = -1
-        elif absent and (momentum.any() or decay.any()):
-            return f"no null: {name!r} had no gradient in {absent} steps; {_INSTEAD}"
-    nesterov = bool(facts.get("nesterov"))
-    form = "Nesterov momentum" if nesterov else "momentum"
-    dampening = np.asarray(facts.get("dampening", [0.0] * lr.shape[1]), np.float64)
-    return OwnPath(
-        f"SGD with {form}" if momentum.any() else "SGD",
-        sgd_recursion(lr, momentum, decay, dampening, nesterov=nesterov),
-        np.ascontiguousarray(norms),
-        np.zeros(len(groups)) if initial is None else np.array(initial, np.float64),
-        np.asarray(groups, np.int64),
-    )
-
-
-def end_step(run: Run, reference: str) -> int | None:
-    """Step N of a reference that is w_N of the run's own path; `None` for any other."""
-    if reference == "final":
-        return run.final_step
-    kind, _, step = reference.partition(":")
-    return int(step) if kind == "step" else None
 
 
 def _compile(function: Callable[..., Any]) -> Any:

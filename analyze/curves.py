@@ -96,10 +96,11 @@ def run_labels(runs: Iterable[str]) -> dict[str, str]:
     names = list(runs)
     short = {run: PurePath(run).stem or run for run in names}
     clash = {name for name in short.values() if list(short.values()).count(name) > 1}
-    return {run: _shorten(run if name in clash else name) for run, name in short.items()}
+    return {run: shorten(run if name in clash else name) for run, name in short.items()}
 
 
-def _shorten(name: str, limit: int = 28) -> str:
+def shorten(name: str, limit: int = 28) -> str:
+    """Cut out the middle of a name that is longer than `limit`."""
     return name if len(name) <= limit else f"{name[: limit // 2]}…{name[-(limit // 2 - 1) :]}"
 
 

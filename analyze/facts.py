@@ -7,21 +7,26 @@ from typing import Any
 
 import numpy as np
 
-from analyze.axes import number_label
+from analyze.axes import Values, number_label
 from analyze.curves import Curve
+from capture.store.errors import InputError
 
 Facts = list[tuple[str, str]]
 
 
-def run_facts(entry: Mapping[str, Any], reference: str) -> Facts:
-    """(name, value) of everything known of a run; `entry` is its part of the table's metadata."""
-    config = entry.get("config") or {}
+def run_facts(entry: Mapping[str, Any], reference: str, rates: Values | None = None) -> Facts:
+    """(name, value) of everything known of a run; `entry` is its part of the table's metadata.
+
+    `rates` are the learning rates of its rows, for a run whose configuration names none.
+    `InputError` where the entry is not what `analyze compute` writes.
+    """
+    config = _mapping(entry, "config")
     facts = [
         ("Task", config.get("task")),
         ("Model", _scaled(config.get("model"), config.get("width"))),
         ("Trainable parameters D", _whole(entry.get("num_parameters"))),
-        ("Optimizer", _optimizer(entry.get("optimizer") or {}, config)),
-        ("Learning rate", _scheduled(config.get("lr"), config.get("lr_schedule"))),
+        ("Optimizer", _optimizer(_mapping(entry, "optimizer"), config, entry.get("momentum"))),
+        ("Learning rate", _scheduled(config, rates)),
         ("Batch size", config.get("batch_size")),
         ("Epochs", config.get("epochs")),
         ("Updates T", _whole(entry.get("final_step"))),
@@ -32,7 +37,7 @@ def run_facts(entry: Mapping[str, Any], reference: str) -> Facts:
         ("Recorded every", _every(config.get("every"))),
         ("Status", _status(entry.get("status"))),
         ("Versions", _listed(entry.get("versions"))),
-        ("Git commit", entry.get("git_commit")),
+        ("Git commit", str(entry.get("git_commit") or "")[:12]),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
 
@@ -87,18 +92,31 @@ def _extremes(curves: Sequence[Curve], column: str, end: tuple[float, float] | N
     return flat[np.isfinite(flat)]
 
 
-def _optimizer(optimizer: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+def _mapping(entry: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = entry.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise InputError(
+            f"the entry {name!r} of the run is no list of names and values",
+            where=str(entry.get("run")),
+            fix="make the table again from the run",
+        )
+    return value
+
+
+def _optimizer(optimizer: Mapping[str, Any], config: Mapping[str, Any], momenta: Any) -> str | None:
+    """`momenta` are those of the every-step scalars, for a configuration that names none."""
     name = optimizer.get("name") or config.get("optimizer")
     if name is None:
         return None
     parts = [str(name)]
-    if config.get("momentum"):
+    momentum = _number(config["momentum"]) if "momentum" in config else _range(momenta)
+    if momentum not in (None, "0"):
         kind = "Nesterov momentum" if optimizer.get("nesterov") else "momentum"
-        parts.append(f"{kind} {config['momentum']:g}")
+        parts.append(f"{kind} {momentum}")
     if config.get("weight_decay"):
         kind = str(optimizer.get("weight_decay") or "").strip()
         kind = f"{kind} " if kind in ("coupled", "decoupled") else ""
-        parts.append(f"{kind}weight decay {config['weight_decay']:g}")
+        parts.append(f"{kind}weight decay {_number(config['weight_decay'])}")
     return ", ".join(parts)
 
 
@@ -111,13 +129,28 @@ def _reference(reference: str, final_step: Any) -> str:
 
 
 def _scaled(model: Any, width: Any) -> Any:
-    return f"{model}, width ×{width:g}" if model and width not in (None, 1, 1.0) else model
+    return f"{model}, width ×{_number(width)}" if model and width not in (None, 1, 1.0) else model
 
 
-def _scheduled(lr: Any, schedule: Any) -> Any:
-    if lr is None:
+def _scheduled(config: Mapping[str, Any], rates: Values | None) -> str | None:
+    if config.get("lr") is None:
+        return _range(rates)
+    rate, schedule = _number(config["lr"]), config.get("lr_schedule")
+    return rate if schedule is None else f"{rate}, {schedule}"
+
+
+def _range(values: Any) -> str | None:
+    """What a quantity was along the run: `0.05`, or `0.0005 to 0.05`; `None` where unknown."""
+    known = np.asarray([] if values is None else values, np.float64)
+    known = known[np.isfinite(known)]
+    if not known.size:
         return None
-    return f"{lr:g}" if schedule is None else f"{lr:g}, {schedule}"
+    return " to ".join(dict.fromkeys(f"{bound:g}" for bound in (known.min(), known.max())))
+
+
+def _number(value: Any) -> str:
+    """A configuration may hold anything: what is no number is shown as it is."""
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _every(every: Any) -> str | None:
@@ -125,17 +158,16 @@ def _every(every: Any) -> str | None:
     return f"{text} steps" if text is not None and text.isdigit() else text
 
 
-def _status(status: Any) -> str | None:
-    if status in (None, "complete"):
-        return status  # type: ignore[no-any-return]
-    return f"{status}: this run has not finished"
+def _status(status: Any) -> Any:
+    known = status in (None, "complete")
+    return status if known else f"{status}: this run has not finished"
 
 
-def _listed(versions: Any) -> str | None:
+def _listed(versions: Any) -> Any:
     if not isinstance(versions, Mapping):
-        return None
+        return versions
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def _whole(value: Any) -> str | None:
-    return None if value is None else f"{int(value):,}".replace(",", "\u202f")
+def _whole(value: Any) -> Any:
+    return f"{value:,}" if isinstance(value, int) else value

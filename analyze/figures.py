@@ -10,17 +10,16 @@ import numpy as np
 from analyze.axes import number_label, value_scale
 from analyze.charts import Chart, Dash, Line, drawn_values
 from analyze.curves import Curve, distinct
-from analyze.verdict import END_SHARE, end_of_path
+from analyze.references import end_of_path
+from analyze.verdict import END_SHARE
 
 # Okabe and Ito's palette without its yellow: told apart with every common form of colour blindness.
 PALETTE = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 NULL_COLOR, USED_COLOR = "#D55E00", "#000000"
+# Of the streams of one run where its colour says which run it is; "--" and ":" are comparisons.
+STREAM_DASHES: tuple[Dash, ...] = ("-", "-.", (0, (6, 1, 1, 1, 1, 1)))
 
 END_EFFECT = "end effect: here γ tends to its null whatever the landscape"
-SIGN = (
-    "e = wₜ − w*. γ > 0, RSI⁻ > 0 and η* > 0 mean that a step along −g starts out towards w*; "
-    "below 0, it starts out away from w*."
-)
 
 
 @dataclass(frozen=True)
@@ -177,10 +176,17 @@ def _build(
         drawn = _fullest(drawn)
     if not drawn:
         return None
-    colors = {id(curve): PALETTE[i % len(PALETTE)] for i, curve in enumerate(curves)}
     several = len({curve.run for curve in curves}) > 1
+    colors = _colors(curves, several)
+    streams = distinct(curve.stream for curve in drawn)
     lines = [
-        _line(curve, kind.column, _label(kind, curve, drawn, several), colors[id(curve)])
+        _line(
+            curve,
+            kind.column,
+            _label(kind, curve, drawn, several),
+            colors[id(curve)],
+            STREAM_DASHES[streams.index(curve.stream) % len(STREAM_DASHES)] if several else "-",
+        )
         for curve in drawn
     ]
     legend: list[tuple[str, Dash]] = []
@@ -215,6 +221,16 @@ def _fullest(curves: Sequence[Curve]) -> list[Curve]:
     return [max(own, key=lambda curve: curve.steps.size) for own in by_run.values()]
 
 
+def _colors(curves: Sequence[Curve], several_runs: bool) -> dict[int, str]:
+    """The colour of each curve by its id: one for each run, or of a single run for each stream."""
+    names = [curve.run if several_runs else curve.stream for curve in curves]
+    places = distinct(names)
+    return {
+        id(curve): PALETTE[places.index(name) % len(PALETTE)]
+        for curve, name in zip(curves, names, strict=True)
+    }
+
+
 def _label(kind: Kind, curve: Curve, drawn: Sequence[Curve], several_runs: bool) -> str:
     parts = [curve.label] if several_runs else []
     if not kind.per_run and (len({c.stream for c in drawn}) > 1 or not parts):
@@ -222,9 +238,9 @@ def _label(kind: Kind, curve: Curve, drawn: Sequence[Curve], several_runs: bool)
     return " ".join([kind.symbol, *parts])
 
 
-def _line(curve: Curve, column: str, label: str, color: str) -> Line:
+def _line(curve: Curve, column: str, label: str, color: str, dash: Dash) -> Line:
     x, y, epochs = curve.steps, curve.values[column], curve.epochs
-    return Line(label, x, y, epochs, color, "-", curve.low.get(column), curve.high.get(column))
+    return Line(label, x, y, epochs, color, dash, curve.low.get(column), curve.high.get(column))
 
 
 def _beside(

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analyze.axes import Values, mark_ends, number_label, scale_steps
-from analyze.curves import Columns, distinct, select
+from analyze.curves import Columns, distinct, select, shorten
 
 MAX_GROUPS, MAX_CELLS = 24, 80
 
@@ -23,6 +23,7 @@ MAX_GROUPS, MAX_CELLS = 24, 80
 class HeatMap:
     """A figure of one value per group and step: `values` float64 [groups, T], `edges` [T + 1].
 
+    `grouping` is what a group is, a layer or a tensor; `sizes` are their numbers of coordinates.
     `edges` are steps, those of the cells. A `ratio` is coloured by its logarithm around 1, with
     negative values in dark grey; anything else linearly around 0. Undefined cells stay blank.
     """
@@ -31,7 +32,9 @@ class HeatMap:
     title: str
     caption: str
     label: str
+    grouping: str
     groups: tuple[str, ...]
+    sizes: tuple[int, ...]
     edges: Values
     values: Values
     ratio: bool
@@ -39,7 +42,7 @@ class HeatMap:
 
 
 def build_heat_map(
-    columns: Columns, stream: str, end: tuple[float, float] | None
+    columns: Columns, stream: str, end: tuple[float, float] | None, grouping: str = "group"
 ) -> HeatMap | None:
     """Build the view by group of one stream of one run and reference: γ/γ⁰, or γ without a null.
 
@@ -47,7 +50,7 @@ def build_heat_map(
     """
     rows = select(columns, stream=stream)
     groups = distinct(rows["group"])
-    sizes = {g: rows["num_parameters"][rows["group"] == g].max() for g in groups}
+    sizes = {g: int(rows["num_parameters"][rows["group"] == g].max()) for g in groups}
     largest = sorted(groups, key=lambda g: -sizes[g])[:MAX_GROUPS]
     shown = [g for g in groups if g in largest]
     ratio = bool(np.isfinite(rows["cosine_ratio"]).any())
@@ -69,10 +72,18 @@ def build_heat_map(
         notes.append(f"Each cell is the median of {width} consecutive rows.")
     if len(groups) > len(shown):
         notes.append(f"The {len(shown)} largest of {len(groups)} groups, in the model's order.")
-    title = f"{symbol} by group of parameters, {stream}"
-    ends = () if end is None else (end,)
     return HeatMap(
-        f"groups-{stream}", title, " ".join(notes), symbol, tuple(shown), edges, cells, ratio, ends
+        name=f"groups-{stream}",
+        title=f"{symbol} by {grouping}, {stream}",
+        caption=" ".join(notes),
+        label=symbol,
+        grouping=grouping,
+        groups=tuple(shown),
+        sizes=tuple(sizes[g] for g in shown),
+        edges=edges,
+        values=cells,
+        ratio=ratio,
+        ends=() if end is None else (end,),
     )
 
 
@@ -98,7 +109,12 @@ def draw_cells(figure: Figure, axes: Axes, chart: HeatMap) -> None:
     bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number_label(value)))
-    axes.set_yticks(range(len(chart.groups)), [_short(name) for name in chart.groups], fontsize=6)
+    names = [
+        f"{shorten(name, 20)} · {size:,}"
+        for name, size in zip(chart.groups, chart.sizes, strict=True)
+    ]
+    axes.set_yticks(range(len(names)), names, fontsize=6)
+    axes.set_ylabel(f"{chart.grouping} · parameters")
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False)
     axes.invert_yaxis()
@@ -122,7 +138,3 @@ def _norm(values: Any, ratio: bool) -> tuple[Normalize, list[float]]:
     sides = [t for t in (2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 1e3, 1e4) if t <= limit]
     chosen = sides[:: max(1, -(-len(sides) // 3))]
     return LogNorm(1 / limit, limit), sorted([1.0, *chosen, *(1 / t for t in chosen)])
-
-
-def _short(name: str, limit: int = 20) -> str:
-    return name if len(name) <= limit else f"{name[: limit // 2]}…{name[-(limit // 2 - 1) :]}"

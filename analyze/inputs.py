@@ -11,8 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from analyze import tables
+from analyze.axes import Values
+from analyze.curves import distinct
 from capture.store.errors import InputError, UsageError
+from capture.store.reader import open_run
 
+_MOMENTUM = "group_momentum"
 _IDENTITY = ("run", "stream", "step", "batch", "group", "reference", "num_parameters")
 
 
@@ -21,13 +25,14 @@ class Measured:
     """The rows of all inputs, and what is known of their runs.
 
     `runs` maps a run, as typed, to its facts; `nulls` maps `run|reference` to what the null rests
-    on, or to why there is none.
+    on, or to why there is none. `grouping` is what the groups of the rows are, beside the model.
     """
 
     table: pa.Table
     runs: Mapping[str, Mapping[str, Any]]
     nulls: Mapping[str, str]
     version: str
+    grouping: str
 
 
 def read_inputs(inputs: Sequence[str]) -> Measured:
@@ -37,15 +42,26 @@ def read_inputs(inputs: Sequence[str]) -> Measured:
     """
     if not inputs:
         raise UsageError("nothing to report on", fix="give runs or tables of `analyze compute`")
-    read = [part for text in dict.fromkeys(inputs) for part in _read(text)]
+    texts = list(dict.fromkeys(inputs))
+    read = [part for text in texts for part in _read(text)]
+    momenta = {text: _momenta(text) for text in texts if Path(text).is_dir()}
     table = _without_repeats(tables.concatenate(read)) if len(read) > 1 else read[0]
     metadata = tables.read_metadata(table)
     return Measured(
         table=table,
-        runs={entry["run"]: entry for entry in metadata["runs"]},
+        runs={
+            entry["run"]: {"momentum": momenta.get(entry["run"])} | entry
+            for entry in metadata["runs"]
+        },
         nulls=metadata["null"],
         version=str(metadata["version"]),
+        grouping=_grouping(metadata["by"]),
     )
+
+
+def _grouping(by: str) -> str:
+    kinds = [kind for kind in distinct(by.split("+")) if kind != "model"]
+    return kinds[0] if len(kinds) == 1 else "group"
 
 
 def _read(text: str) -> list[pa.Table]:
@@ -59,6 +75,11 @@ def _read(text: str) -> list[pa.Table]:
     if not table.num_rows:
         raise InputError("the table has no rows", where=path, fix="make it again from the run")
     return [table]
+
+
+def _momenta(path: str) -> Values | None:
+    run = open_run(path)
+    return run.scalar(_MOMENTUM) if _MOMENTUM in run.scalar_names() else None
 
 
 def _measure(text: str) -> list[pa.Table]:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.controls import end_step, own_path
 from analyze.moments import MOMENTS
+from analyze.optimizer import group_scalar, own_path, read_optimizer
 from analyze.quantities import (
     Values,
     evaluate,
@@ -21,6 +21,7 @@ from analyze.quantities import (
     unclipping,
     update_sums,
 )
+from analyze.references import end_of_path
 from capture.store.reader import Run
 
 Integers = NDArray[np.int64]
@@ -45,8 +46,9 @@ class Measure:
         self.run = run
         self.nulls: dict[str, str] = {}
         self.undefined: Counter[str] = Counter()
+        self._optimizer = read_optimizer(run)
         self._path = own_path(run)
-        self._sign = -1.0 if run.attributes.get("optimizer", {}).get("maximize") else 1.0
+        self._sign = -1.0 if self._optimizer.maximize else 1.0
         self._decay, self.decay_note = self._read_decay()
 
     def quantities(
@@ -98,28 +100,43 @@ class Measure:
 
     def _null_sums(self, reference: str, steps: Integers) -> dict[str, Values]:
         """The null in units of the unclipped gradient, by tensor ``[N, P]``; empty without one."""
-        end = end_step(self.run, reference)
-        if isinstance(self._path, str) or end is None or end > len(self._path.grad_norms):
-            not_own = "no null: w* is no iterate of this run's own path"
-            self.nulls[reference] = self._path if isinstance(self._path, str) else not_own
+        end, self.nulls[reference] = self._null_end(reference)
+        if end is None or isinstance(self._path, str):
             return {}
-        self.nulls[reference] = self._path.assumption()
         dot, grad, dist = self._path.null(steps, end)
         scale = unclipping(self.scalar("clip_factor", steps))[:, None]
         return {"null_ge": dot * scale, "null_gg": grad * scale**2, "null_ee": dist}
+
+    def _null_end(self, reference: str) -> tuple[int | None, str]:
+        """Step N of a w* that has a null, else `None`; and what the null rests on, or why not."""
+        if isinstance(self._path, str):
+            return None, self._path
+        if reference.startswith("mean:"):
+            return None, "no null: w* is a mean, no iterate of this run's own path"
+        end, total = end_of_path(reference, self.run.final_step), len(self._path.grad_norms)
+        if end is None:
+            return None, "no null: w* is not known to be an iterate of this run's own path"
+        if end > total:
+            return None, f"no null: the every-step scalars end before step {end}, at {total}"
+        step, why = self._path.unsound(), "the run's norms are not finite"
+        if step is None:
+            return end, self._path.assumption()
+        if step < end:
+            return None, f"no null: {why} at step {step}"
+        return end, f"{self._path.assumption()}; no null from step {step} on, {why}"
 
     def _read_decay(self) -> tuple[Values, str]:
         """Coupled λ of each step and parameter group ``[S, G + 1]``, with a note on what it is.
 
         The last column, 0, is for tensors that the optimizer does not update.
         """
-        kind = self.run.attributes.get("optimizer", {}).get("weight_decay", "unknown")
+        kind, groups = self._optimizer.decay, self._optimizer.groups
         known = "group_weight_decay" in self.run.scalar_names()
-        values = self.run.scalar("group_weight_decay") if known else np.empty((0, 0))
+        values = group_scalar(self.run, "group_weight_decay", groups) if known else np.empty((0, 0))
         if not len(values):
-            width = len(self.run.attributes.get("optimizer", {}).get("dampening", ())) or 1
             fill = 0.0 if kind == "decoupled" else np.nan
-            values, kind = np.full((1, width), fill), "missing" if fill else kind
+            values = np.full((1, int(groups.max(initial=0)) + 1), fill)
+            kind = "missing" if np.isnan(fill) else kind
         none = not values.any()
         if kind == "decoupled":
             values = np.zeros_like(values)
@@ -130,7 +147,5 @@ class Measure:
 
     def _decay_at(self, steps: Integers) -> Values:
         """λ of each tensor ``[N, P]``; at w_T, from which no update was taken, the last one."""
-        groups = [
-            -1 if tensor.group is None else tensor.group for tensor in self.run.table.parameters
-        ]
-        return self._decay[np.minimum(steps, len(self._decay) - 1)][:, groups]
+        at = self._decay[np.minimum(steps, len(self._decay) - 1)]
+        return np.asarray(at[:, self._optimizer.groups])

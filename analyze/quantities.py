@@ -3,7 +3,8 @@
 Notation, with everything summed over the coordinates of one group of tensors:
 
     w  the weights w_t           w*  the reference          e = w - w*
-    g  the gradient at w_t of the mean loss that the optimizer minimises, unscaled and unclipped
+    g  the gradient at w_t of the mean loss that the optimizer minimises, unscaled, and unclipped
+       where the clip factor is known; the store keeps what entered the step
     h = g + λ w                  u = w_{t+1} - w_t, the update that was taken
     ‖·‖₀, ⟨·,·⟩₀                 what orthogonal gradients alone would give (`analyze.controls`)
 
@@ -29,6 +30,7 @@ SUMS = {
     "gg": "‖g‖²",
     "ge": "⟨g, e⟩",
     "g2e2": "Σᵢ gᵢ² eᵢ²",
+    # From ‖g‖², ⟨g, w⟩ and ‖w‖²: where g nearly cancels λw, so do the digits.
     "hh": "‖g + λw‖²",
     "he": "⟨g + λw, e⟩",
     "uu": "‖u‖²",
@@ -37,6 +39,8 @@ SUMS = {
     "null_ee": "‖e‖²₀",
     "null_ge": "⟨g, e⟩₀",
 }
+
+_UNCLIPPED = "; g unclipped where the clip factor is known, the store keeps what entered the step"
 
 SIGN = "γ > 0: a step along -g starts out towards w*."
 
@@ -117,7 +121,14 @@ def _direction(dot: str, square: str, symbol: str, suffix: str, about: str) -> l
         ),
     ]
     return [
-        Quantity(name + suffix, formula + about, unit, needs, function)
+        Quantity(
+            name + suffix,
+            # Cosine and angle are the same of a clipped gradient, but for a decay beside it.
+            formula + about + (_UNCLIPPED if suffix or name not in ("cosine", "angle_deg") else ""),
+            unit,
+            needs,
+            function,
+        )
         for name, formula, unit, needs, function in table
     ]
 

@@ -150,6 +150,14 @@ def parse_reference(text: str) -> Reference:
     raise UsageError(f"{text!r} is no reference", fix=f"use one of {_FORMS}")
 
 
+def end_of_path(reference: str, final_step: int | None) -> int | None:
+    """Step at which w* lies on the run's own path or ends the mean over it; `None` elsewhere."""
+    kind, _, value = reference.partition(":")
+    if kind == "step":
+        return int(value)
+    return final_step if kind in ("final", "mean") else None
+
+
 def _is_count(text: str) -> bool:
     return text.isascii() and text.isdigit()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import dask
 from dask.callbacks import Callback
@@ -87,14 +88,15 @@ def _run_on_cluster(
             where=address,
             fix="start one with `dask scheduler`, or use --scheduler threads",
         ) from error
+    results: dict[int, Result] = {}
     with client:
-        futures = [client.submit(task, pure=False) for task in tasks]
+        futures = [client.submit(_Returning(task), pure=False) for task in tasks]
         place = {future.key: number for number, future in enumerate(futures)}
-        results: dict[int, Result] = {}
+        completed = cluster.as_completed(futures, loop=client.loop, with_results=True)
         try:
-            for future, result in cluster.as_completed(
-                futures, loop=client.loop, with_results=True
-            ):
+            for future, result in completed:
+                if isinstance(result, _Failure):
+                    raise result.error
                 results[place[future.key]] = result
                 report(len(results), len(tasks))
         except distributed.KilledWorker as error:
@@ -106,3 +108,23 @@ def _run_on_cluster(
         finally:
             client.cancel(futures)
     return [results[number] for number in range(len(tasks))]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error of a task, as its result: a cluster writes pages about a task that raises."""
+
+    error: StraightwayError
+
+
+@dataclass(frozen=True)
+class _Returning(Generic[Result]):
+    """A task that returns what a user can cause and mend instead of raising it."""
+
+    task: Callable[[], Result]
+
+    def __call__(self) -> Result | _Failure:
+        try:
+            return self.task()
+        except StraightwayError as error:
+            return _Failure(error)

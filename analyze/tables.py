@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-import tempfile
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -23,10 +23,13 @@ from numpy.typing import NDArray
 import capture
 from analyze.compute import Moments, StreamMoments, compute_moments
 from analyze.measure import Measure
+from analyze.metadata import flaw, printable
+from analyze.moments import MOMENTS
 from analyze.quantities import QUANTITIES, SIGN, sum_groups
 from analyze.references import parse_reference
-from capture.store.errors import InputError, UsageError
-from capture.store.files import write_durably, writing
+from analyze.tensor_file import open_regular
+from capture.store.errors import InputError
+from capture.store.files import write_durably
 from capture.store.layout import WEIGHTS
 from capture.store.reader import Run, open_run
 from capture.store.tensors import TensorTable
@@ -36,6 +39,7 @@ Integers = NDArray[np.int64]
 METADATA_KEY = b"straightway"
 TABLE_VERSION = 1
 GROUPINGS = ("model", "layer", "tensor")
+_AGAIN = "make it again from the run"
 
 # Name, type, unit and meaning of the columns before and after the quantities.
 _KEYS: tuple[tuple[str, Any, str, str], ...] = (
@@ -72,11 +76,12 @@ def build(run: Run, moments: Moments, by: str = "model", *, name: str | None = N
 
     `name` is what the column `run` says, by default the path of the run.
     """
-    name = str(run.path) if name is None else name
+    name = printable(str(run.path) if name is None else name)
+    references = [printable(text) for text in moments.references]
     measure = Measure(run)
     labels, groups = group_tensors(run.table, by)
     blocks = [
-        _block(measure, stream, moments.references, labels, groups, name)
+        _block(measure, stream, references, labels, groups, name)
         for stream in moments.streams.values()
     ]
     arrays = [
@@ -111,12 +116,20 @@ def measure_run(
 ) -> dict[str, pa.Table]:
     """Measure a run in one pass over its bytes: one table for each grouping in `by`.
 
-    Without `streams`, all of the run but the weights; `references` as typed. Errors, scheduler,
-    workers and progress are those of `compute_moments`.
+    Without `streams`, all of the run that have rows but the weights, and the weights where there
+    are no others; `references` as typed. Errors, scheduler, workers and progress are those of
+    `compute_moments`; `InputError` where nothing is recorded in the streams.
     """
     parsed = [parse_reference(text) for text in dict.fromkeys(references)]
-    recorded = open_run(path).stream_names
-    chosen = streams or [name for name in recorded if name != WEIGHTS] or [WEIGHTS]
+    run = open_run(path)
+    others = [name for name in run.stream_names if name != WEIGHTS and len(run.stream(name))]
+    chosen = streams or others or [WEIGHTS]
+    if not any(len(run.stream(name)) for name in chosen):
+        raise InputError(
+            f"there are no rows to measure in {', '.join(map(repr, chosen))}",
+            where=path,
+            fix="choose another --stream, or wait until something is recorded",
+        )
     moments = compute_moments(
         path, chosen, parsed, scheduler=scheduler, workers=workers, progress=progress
     )
@@ -149,33 +162,24 @@ def write_table(table: pa.Table, path: str | PathLike[str]) -> None:
     write_durably(Path(path), buffer.getbuffer(), Path(path).parent)
 
 
-def check_writable(path: str | PathLike[str]) -> None:
-    """Refuse a place to which no file can be written; makes the folders that are missing.
-
-    `UsageError` for what is there and is no file, `WriteError` where the system refuses.
-    """
-    target = Path(path)
-    if target.exists() and not target.is_file():
-        raise UsageError("cannot write there, it is no file", where=path, fix="name a file")
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=target.parent).close()
-
-
 def read_table(path: str | PathLike[str]) -> pa.Table:
     """Read what `write_table` wrote; `InputError` where the file is anything else."""
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"no table can be read ({reason})", where=path) from error
-    metadata = table.schema.metadata or {}
-    known = METADATA_KEY in metadata and read_metadata(table).get("table") == TABLE_VERSION
-    if not known or not set(table.column_names) >= set(schema().names):
+    with os.fdopen(open_regular(path, "table"), "rb") as file:
+        try:
+            table = pq.read_table(file)
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"no table can be read ({reason})", where=path, fix=_AGAIN) from error
+    if METADATA_KEY not in (table.schema.metadata or {}):
+        what: str | None = "it has no facts of runs"
+    else:
+        try:
+            what = flaw(table, schema(), read_metadata(table), TABLE_VERSION)
+        except (ValueError, RecursionError):
+            what = "its facts cannot be read"
+    if what is not None:
         raise InputError(
-            "not a table of this version of `analyze compute`",
-            where=path,
-            fix="make it again from the run",
+            f"not a table of this version of `analyze compute`, {what}", where=path, fix=_AGAIN
         )
     return table
 
@@ -215,7 +219,11 @@ def _block(
     row, group, reference = (index.ravel() for index in np.indices(shape))
     by_tensor = (len(steps), len(references), len(groups))
     found = measure.quantities(
-        stream.stream, steps, stream.array.reshape(*by_tensor, -1), references, groups
+        stream.stream,
+        steps,
+        stream.array.reshape(*by_tensor, len(MOMENTS)),
+        references,
+        groups,
     )
     bad = {"nonfinite": stream.nonfinite.reshape(by_tensor).astype(np.float64)}
     bad = sum_groups(bad, groups, len(labels))
@@ -248,10 +256,13 @@ def _texts(names: Sequence[str], index: NDArray[Any]) -> Any:
 def _epochs(run: Run, stream: str, steps: Integers) -> NDArray[np.float64]:
     """Epoch of each step; NaN where it is not known, or the row came after the run was opened."""
     recorded = run.stream(stream)
+    if not len(recorded):
+        return np.full(len(steps), np.nan)
     place = np.minimum(np.searchsorted(recorded.steps, steps), len(recorded.steps) - 1)
     return np.where(recorded.steps[place] == steps, recorded.epochs[place], np.nan)
 
 
 def _encode(metadata: dict[str, Any]) -> dict[bytes, bytes]:
     text = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
-    return {METADATA_KEY: text.encode()}
+    # A lone surrogate, which a run may hold, becomes its escape again, as JSON has it.
+    return {METADATA_KEY: text.encode("utf-8", "backslashreplace")}

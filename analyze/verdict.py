@@ -7,6 +7,7 @@ fraction below 0, early, middle and late on the way to w*, with the end effect l
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from analyze.quantities import SIGN, Values, ratio
+from analyze.references import end_of_path as end_of_path
 from analyze.tables import read_metadata
 
 # The last part of the way to w*, where γ tends to its null whatever the landscape.
@@ -25,6 +27,7 @@ PARTS = ("early", "middle", "late")
 _HEAD = ("stream", "part", "n", "γ [10 %, 90 %]", "γ⁰", "γ/γ⁰ [10 %, 90 %]", "γ < 0")
 _LEFT = {0, 1}
 _NONE = "–"
+_WIDTH = 100
 
 
 def verdict(table: pa.Table) -> str:
@@ -41,15 +44,9 @@ def verdict(table: pa.Table) -> str:
         for reference in table["reference"].unique().to_pylist()
     ]
     note = "Numbers are medians of n rows, [10 %, 90 %] their quantiles: no confidence interval."
-    return "\n\n".join([*(block for block in blocks if block), f"{SIGN}\n{note}"])
-
-
-def end_of_path(reference: str, final_step: int) -> int | None:
-    """Step at which w* lies on the run's own path or ends the mean over it; `None` elsewhere."""
-    kind, _, value = reference.partition(":")
-    if kind == "step":
-        return int(value)
-    return final_step if kind in ("final", "mean") else None
+    measured = set(table["stream"].unique().to_pylist()) - {"weights"}
+    closing = [f"{SIGN}\n{note}"] if measured else []
+    return "\n\n".join([*(block for block in blocks if block), *closing])
 
 
 def part_of(steps: NDArray[np.int64], reference: str, final_step: int) -> NDArray[np.object_]:
@@ -85,7 +82,16 @@ def _block(rows: pa.Table, entry: dict[str, Any], reference: str, metadata: Any)
         undefined += own.num_rows - _cosine(own)[1].sum()
         cells += _stream(own, stream, reference, final)
     lines += _aligned(cells) if streams else ["no gradients or updates: see norm_dist in the table"]
-    return "\n".join([*lines, *_notes(rows, streams, reference, final, undefined, metadata)])
+    for note in _notes(rows, streams, reference, final, undefined, metadata):
+        lines += textwrap.wrap(
+            note, _WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+        )
+    return "\n".join(lines)
+
+
+def counted(rows: int) -> str:
+    """Say how many rows."""
+    return f"{rows} row" if rows == 1 else f"{rows} rows"
 
 
 def _stream(rows: pa.Table, stream: str, reference: str, final: int) -> Iterator[tuple[str, ...]]:
@@ -124,12 +130,12 @@ def _notes(
         tail = part_of(rows["step"].to_numpy(), reference, final) == "end"
         first, share = math.ceil((1 - END_SHARE) * end), f"{100 * END_SHARE:g} %"
         yield (
-            f"left out: the last {share} before w*, t = {first} to {end} ({tail.sum()} rows); "
+            f"left out: the last {share} before w*, t = {first} to {end} ({counted(tail.sum())}); "
             "there γ tends to γ⁰ anyway"
         )
     run = rows["run"][0].as_py()
     null = metadata["null"].get(f"{run}|{reference}")
-    if null is not None:
+    if null is not None and streams:
         yield f"γ⁰: {null}"
     others = [name for name in streams if name not in ("minibatch", "updates")]
     if others:
@@ -137,7 +143,8 @@ def _notes(
     if "updates" in streams:
         yield "updates: -cos(u, e) in the place of γ, positive where u starts out towards w*"
     if undefined:
-        yield f"undefined: {undefined} rows, left out, where a norm is 0 or a number is not finite"
+        why = "where a norm is 0 or a number is not finite"
+        yield f"undefined: {counted(undefined)}, left out, {why}"
     bad = int(pc.sum(rows["nonfinite"]).as_py())
     if bad:
         yield f"non-finite coordinates: {bad}"

@@ -6,7 +6,9 @@ before; and loading consumes no random numbers of the training.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,18 +71,40 @@ def load_batches(
     dataset: MapDataset, batches: Sampler[list[int]], *, workers: int, device: torch.device
 ) -> Iterator[Any]:
     """Yield the batches named by `batches`, on `device`."""
+    if workers:
+        _start_forkserver()
     loader: DataLoader[Any] = DataLoader(
         dataset,  # type: ignore[arg-type]  # any object with __len__ and __getitem__ will do
         batch_sampler=batches,
         num_workers=workers,
         # Forking beside the writer thread and torch's own threads could hang.
         multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=_leave_signals_to_training,
         pin_memory=device.type == "cuda",
         # Without a generator of its own, the loader draws from the global one of the training.
         generator=torch.Generator().manual_seed(0),
     )
     for batch in loader:
         yield to_device(batch, device)
+
+
+def _start_forkserver() -> None:
+    """Start the process that makes the workers so that Ctrl-C, which reaches all, stops none.
+
+    What is blocked here is blocked in it and in its children from their first instruction on; a
+    Ctrl-C meanwhile reaches this process afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_signals_to_training(worker: int) -> None:
+    """Let the training alone act on Ctrl-C, also where the forkserver was running before."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

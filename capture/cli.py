@@ -85,7 +85,10 @@ def training_options(function: Decorated) -> Decorated:
 
 def config_option(function: Decorated) -> Decorated:
     """Add ``--config``."""
-    text = "TOML file with any of these options, and tables task_args and model_args; flags win."
+    text = (
+        "TOML file with any option of the groups above, and tables task_args and model_args; "
+        "out, resume and force are not in it. Flags win."
+    )
     return _options("Run", ("--config", click.Path(dir_okay=False), text))(function)
 
 
@@ -102,7 +105,7 @@ def main() -> None:
 @config_option
 @_options(
     "Run",
-    ("--resume", bool, "Continue the run at --out, bit for bit."),
+    ("--resume", bool, "Continue the run at --out, bit for bit; starts it where there is none."),
     ("--force", bool, "Start although the disk seems too small."),
 )
 @click.option(
@@ -167,7 +170,10 @@ def plan(config: str | None, out: str | None, force: bool, json: bool, **flags: 
 @click.argument("run", type=click.Path())
 @click.option("--json", is_flag=True, help="Print JSON, with every recorded step.")
 def info(run: str, json: bool) -> None:
-    """Tell what a run is and what it holds."""
+    """Tell what a run is and what it holds.
+
+    RUN is the folder that `capture train --out` or a Recorder wrote.
+    """
     from capture.info import describe_run, format_description
 
     description = describe_run(run)
@@ -180,7 +186,8 @@ def info(run: str, json: bool) -> None:
 def verify(context: click.Context, run: str) -> None:
     """Check every committed byte of a run against its checksum.
 
-    Exits with 0 where all is sound, with 3 where anything is not, naming each file, row and remedy.
+    RUN is the folder that `capture train --out` or a Recorder wrote. Exits with 0 where all is
+    sound, with 3 where anything is not, naming each file, row and remedy.
     """
     from capture.progress import format_bytes
     from capture.store.verify import verify_run
@@ -203,7 +210,8 @@ def verify(context: click.Context, run: str) -> None:
 def export(run: str, out: str, step: int) -> None:
     """Write the model at a recorded step as a plain safetensors file.
 
-    The file holds the whole state_dict, each tensor in its own dtype, and no reserved names.
+    RUN is the folder that `capture train --out` or a Recorder wrote, OUT the file to write. It
+    holds the whole state_dict, each tensor in its own dtype, and no reserved names.
     """
     from capture.store import export_state_dict
 

@@ -18,8 +18,7 @@ from typing import Any, NoReturn
 
 import click
 
-# Wide enough for most sentences of help on one line.
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 
 
 class Option(click.Option):
@@ -43,7 +42,8 @@ class Command(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            # Newer click lists arguments too, without a word: the text above the options has it.
+            if record is not None and record[1]:
                 sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
         for heading, records in sections.items():
             with formatter.section(heading):
@@ -88,6 +88,13 @@ class Group(click.Group):
                 raise
             _fail(str(error), error.exit_code)
         sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; Ctrl-C becomes an error here, before click writes an empty line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise click.Abort from error
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

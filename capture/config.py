@@ -7,17 +7,31 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from os import PathLike
 from typing import Any, Self
 
+from capture.arguments import require_json
 from capture.optimizers import DEFAULT_MOMENTUM, HEAVY_BALL, OPTIMIZERS
 from capture.store.errors import UsageError
 from capture.streams import parse_streams
 
 DEVICES = ("auto", "cpu", "cuda")
+
+# Upper bounds: what would overflow somewhere, or can only be a slip.
+MOST = {
+    "width": 1000,
+    "seed": 2**63 - 1,
+    "data_seed": 2**63 - 1,
+    "threads": 4096,
+    "workers": 1024,
+    "epochs": 2**40,
+    "max_steps": 2**40,
+}
+MAX_TOTAL_STEPS = 10**9
 
 # What a resumed run may change, since it cannot change a bit of the result.
 FREE_ON_RESUME = ("data_root", "workers", "checkpoint_every")
@@ -55,6 +69,7 @@ class TrainConfig:
         _choice("device", self.device, DEVICES)
         _at_least(self, 1, "batch_size", "epochs", "max_steps", "checkpoint_every", "threads")
         _at_least(self, 0, "lr", "momentum", "weight_decay", "seed", "data_seed", "workers")
+        _finite_and_bounded(self)
         if not self.width > 0:
             raise UsageError("width must be above 0", where=f"width = {self.width}")
         if self.momentum is not None and self.optimizer not in HEAVY_BALL:
@@ -65,6 +80,8 @@ class TrainConfig:
             )
         if self.momentum is not None and self.momentum >= 1:
             raise UsageError("momentum must be below 1", where=f"momentum = {self.momentum}")
+        for key in ("task_args", "model_args"):
+            require_json(key, getattr(self, key))
         parse_streams(self.gradients)
 
     @classmethod
@@ -106,7 +123,14 @@ class TrainConfig:
     def total_steps(self, steps_per_epoch: int) -> int:
         """T, the number of updates: the smaller of `epochs` and `max_steps` where both are set."""
         limits = [self.max_steps, None if self.epochs is None else self.epochs * steps_per_epoch]
-        return min(limit for limit in limits if limit is not None)
+        total = min(limit for limit in limits if limit is not None)
+        if total > MAX_TOTAL_STEPS:
+            raise UsageError(
+                f"a training has at most {MAX_TOTAL_STEPS:,} steps",
+                where=f"{total:,} steps",
+                fix="give a smaller --max-steps or --epochs",
+            )
+        return total
 
     def difference(self, other: TrainConfig) -> str | None:
         """In words, where `other` (now) differs from this one (the run's), if it matters."""
@@ -151,9 +175,10 @@ def _typed(key: str, value: Any, kind: str, where: str | None) -> Any:
     if kind == "str" and key == "every" and type(value) is int:
         return str(value)
     if kind == "str" and key == "gradients" and isinstance(value, list):
-        return ",".join(str(name) for name in value)
+        return ",".join(str(name) for name in value) or "none"
     if kind == "float" and type(value) is int:
-        return float(value)
+        # Far beyond every bound, and more than a float can hold.
+        return float(value) if abs(value) < 2**1000 else math.inf
     accepted: dict[str, tuple[type, str]] = {
         "str": (str, "a text"),
         "int": (int, "a whole number"),
@@ -181,3 +206,15 @@ def _at_least(config: TrainConfig, least: int, *keys: str) -> None:
         # Written so that NaN fails too.
         if value is not None and not value >= least:
             raise UsageError(f"{key} must be at least {least}", where=f"{key} = {value}")
+
+
+def _finite_and_bounded(config: TrainConfig) -> None:
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{entry.name} must be finite", where=f"{entry.name} = {value}")
+        most = MOST.get(entry.name)
+        if most is not None and value is not None and value > most:
+            raise UsageError(
+                f"{entry.name} must be at most {most}", where=f"{entry.name} = {value}"
+            )

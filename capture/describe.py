@@ -113,16 +113,9 @@ def describe(model: nn.Module, optimizer: optim.Optimizer) -> Description:
     named = dict(model.named_parameters())
     groups = _groups(optimizer, named)
     aliases = _aliases(model.named_parameters(remove_duplicate=False))
-    for name, parameter in named.items():
-        _check_tensor(name, parameter, trainable=parameter.requires_grad)
+    check_parameters(model)
     trainable = {name: p for name, p in named.items() if p.requires_grad}
     frozen = {name: p for name, p in named.items() if not p.requires_grad}
-    if not any(parameter.numel() for parameter in trainable.values()):
-        raise UnsupportedModelError(
-            "the model has no trainable parameter",
-            where=type(model).__name__,
-            fix="set requires_grad before the recorder is attached",
-        )
     buffers, buffer_aliases, not_stored = _buffers(model)
     if not_stored:
         warnings.warn(
@@ -153,6 +146,18 @@ def describe(model: nn.Module, optimizer: optim.Optimizer) -> Description:
     )
 
 
+def check_parameters(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError`, naming it, for what cannot be recorded."""
+    for name, parameter in model.named_parameters():
+        _check_tensor(name, parameter, trainable=parameter.requires_grad)
+    if not any(p.numel() for p in model.parameters() if p.requires_grad):
+        raise UnsupportedModelError(
+            "the model has no trainable parameter",
+            where=type(model).__name__,
+            fix="set requires_grad before the recorder is attached",
+        )
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the bare model inside `torch.compile`, `DataParallel` and DDP wrappers."""
     while True:
@@ -168,6 +173,7 @@ def optimizer_facts(optimizer: optim.Optimizer) -> dict[str, Any]:
     """Describe an optimizer for the run's attributes.
 
     `kind` is "sgd" for exactly `torch.optim.SGD` with one form of momentum, else "other".
+    `no_null_reason` says of some SGD why it is "other" all the same.
     `weight_decay` is "coupled" where it enters the gradient, "decoupled" where it shrinks the
     weights beside it, else "unknown". Raises `UnsupportedModelError` for LBFGS and for groups
     of which some maximize and others minimize.
@@ -187,10 +193,12 @@ def optimizer_facts(optimizer: optim.Optimizer) -> dict[str, Any]:
             where="optimizer",
             fix="use one optimizer and one Recorder for each",
         )
-    plain = type(optimizer) is optim.SGD and len(nesterov) == 1
+    is_sgd, mixed = type(optimizer) is optim.SGD, len(nesterov) > 1
+    reason = {"no_null_reason": "its parameter groups differ in nesterov"}
     return {
         "name": type(optimizer).__name__,
-        "kind": "sgd" if plain else "other",
+        "kind": "sgd" if is_sgd and not mixed else "other",
+        **(reason if is_sgd and mixed else {}),
         "nesterov": any(nesterov),
         "maximize": any(maximize),
         "dampening": [float(group.get("dampening", 0.0)) for group in groups],
@@ -294,6 +302,8 @@ def _refusal(name: str, tensor: torch.Tensor, trainable: bool) -> tuple[str, str
         return f"a sharded tensor ({kind})", "use an unsharded model, or plain DDP"
     if tensor.is_meta:
         return "a tensor on the meta device", "materialise the model before attaching"
+    if tensor.device.type not in ("cpu", "cuda"):
+        return f"a tensor on the device {tensor.device}", "train on cpu or cuda"
     if tensor.is_quantized or is_traceable_wrapper_subclass(tensor):
         return f"a quantised or wrapped tensor ({kind}, {tensor.dtype})", "record the plain model"
     if tensor.layout != torch.strided:

@@ -6,10 +6,21 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
-from capture.store.errors import UsageError
+from capture.store.errors import StraightwayError, UsageError
+
+# Where code lies that is not the user's: this package, Python and what is installed.
+_NOT_THE_USERS = (
+    str(Path(__file__).parent),
+    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+    "<",
+)
 
 Factory = Callable[..., Any]
 
@@ -25,15 +36,13 @@ def find_factory(kind: str, name: str, known: Mapping[str, str]) -> Factory:
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         raise UsageError(f"unknown {kind} {name!r}", fix=f"{hint}, or give module:factory")
     module, _, attribute = known.get(name, name).partition(":")
+    if not module or not attribute:
+        raise UsageError(f"unknown {kind} {name!r}", fix="write module:factory")
     if name not in known and "" not in sys.path:
         sys.path.insert(0, "")
-    try:
+    hint = "install it, or start in the folder where the module lies"
+    with user_code(f"cannot import the {kind} {name!r}", hint):
         found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"cannot import the {kind} {name!r}: {error}",
-            fix="install it, or start in the folder where the module lies",
-        ) from None
     factory = getattr(found, attribute, None)
     if not callable(factory):
         raise UsageError(f"the module {module} has no function {attribute!r} for the {kind}")
@@ -42,12 +51,53 @@ def find_factory(kind: str, name: str, known: Mapping[str, str]) -> Factory:
 
 def call_factory(factory: Factory, kind: str, name: str, arguments: Mapping[str, Any]) -> Any:
     """Call a factory; arguments that it does not take raise `UsageError` naming those."""
-    signature = inspect.signature(factory)
+    takes = signature_of(factory)
+    if takes is not None:
+        try:
+            takes.bind(**arguments)
+        except TypeError as error:
+            raise UsageError(
+                f"the {kind} {name} cannot be made with these arguments: {error}",
+                fix=f"it takes {', '.join(takes.parameters)}",
+            ) from None
+    with user_code(f"the {kind} {name} cannot be made"):
+        return factory(**arguments)
+
+
+def signature_of(factory: Factory) -> inspect.Signature | None:
+    """Return the signature of a factory; `None` for some that are written in C."""
     try:
-        signature.bind(**arguments)
-    except TypeError as error:
+        return inspect.signature(factory)
+    except (TypeError, ValueError):
+        return None
+
+
+@contextmanager
+def user_code(what: str, missing: str | None = None) -> Iterator[None]:
+    """Turn what code of the user raises into one `UsageError` with the place in that code.
+
+    `missing` is what to do where a module is not found.
+    """
+    try:
+        yield
+    except StraightwayError:
+        raise
+    except (Exception, SystemExit) as error:
+        lines = str(error).strip().splitlines() or [""]
+        words = f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
+        is_missing = isinstance(error, ModuleNotFoundError)
         raise UsageError(
-            f"the {kind} {name} cannot be made with these arguments: {error}",
-            fix=f"it takes {', '.join(signature.parameters)}",
-        ) from None
-    return factory(**arguments)
+            f"{what}, {words}", where=_place(error), fix=missing if is_missing else None
+        ) from error
+
+
+def _place(error: BaseException) -> str | None:
+    """File and line of the user's own code where it happened."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    theirs = [
+        f"{frame.filename}:{frame.lineno}"
+        for frame in extract_tb(error.__traceback__)
+        if not frame.filename.startswith(_NOT_THE_USERS)
+    ]
+    return theirs[-1] if theirs else None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import math
 import os
+from pathlib import Path
 from typing import Any
 
 from capture.progress import format_bytes
-from capture.store import open_run
-from capture.store.layout import UPDATES, WEIGHTS
+from capture.store import DamagedError, Run, open_run
+from capture.store.errors import RESTORE
+from capture.store.layout import LOCK, METADATA, PRIVATE_FOLDER, UPDATES, WEIGHTS
 
 # What of a configuration a person wants to see first.
 SHOWN = (
@@ -19,9 +23,12 @@ SHOWN = (
 def describe_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Describe the run at `path`: status, sizes, and the recorded steps of every stream.
 
-    `final_step` is `None` while a run is not complete. Raises `NotARunError`, `DamagedError`.
+    `final_step` is `None` while a run is not complete, `being_recorded` tells whether a process
+    has its lock, `settings` has the smallest and the largest value of the first parameter group's
+    learning rate and momentum so far. Raises `NotARunError`, `DamagedError`.
     """
     run = open_run(path)
+    tables = {name: _table(run, name) for name in ("optimizer", "config", "versions", "seeds")}
     streams = {
         name: {
             "steps": stream.steps.tolist(),
@@ -35,42 +42,99 @@ def describe_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {
         "run": os.fspath(path),
         "status": run.status,
+        "being_recorded": _is_being_recorded(run.path),
         "final_step": run.final_step,
         "n_parameters": run.table.num_parameters,
         "tensors": len(run.table.parameters),
         **beside,
         "gradients": streams,
-        "optimizer": attributes.get("optimizer", {}).get("name"),
-        "config": attributes.get("config"),
-        "versions": attributes.get("versions"),
-        "seeds": attributes.get("seeds"),
+        "optimizer": tables["optimizer"].get("name"),
+        "settings": _settings(run),
+        "config": tables["config"],
+        "versions": tables["versions"],
+        "seeds": tables["seeds"],
         "git_commit": attributes.get("git_commit"),
     }
 
 
 def format_description(description: dict[str, Any]) -> str:
     """Write a description in lines for people."""
-    final, config = description["final_step"], description["config"] or {}
-    status = description["status"] + ("" if final is None else f", {final} steps")
+    config = description["config"]
     lines = [
         ("run", description["run"]),
-        ("status", status),
+        ("status", _status_words(description)),
         (
             "model",
             f"{config.get('model') or 'a model'} with {description['n_parameters']:,} parameters "
             f"in {description['tensors']} tensors",
         ),
     ]
-    if config:
-        facts = [f"{key} {config[key]}" for key in SHOWN if config.get(key) is not None]
+    facts = [f"{key} {config[key]}" for key in SHOWN if config.get(key) is not None]
+    if facts:
         lines.append(("training", ", ".join(facts)))
-    else:
-        lines.append(("optimizer", str(description["optimizer"])))
+    if "lr" not in config:
+        settings = [
+            f"{name} {low:g}" if low == high else f"{name} {low:g} to {high:g}"
+            for name, (low, high) in description["settings"].items()
+        ]
+        lines.append(("optimizer", ", ".join([str(description["optimizer"]), *settings])))
     streams = {name: description[name] for name in (WEIGHTS, UPDATES) if name in description}
     for name, stream in {**streams, **description["gradients"]}.items():
         lines.append((name, _stream_words(stream)))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+
+
+def _status_words(description: dict[str, Any]) -> str:
+    if description["status"] == "complete":
+        return f"complete, {description['final_step']} steps"
+    if description["being_recorded"]:
+        return "being recorded"
+    steps = description[WEIGHTS]["steps"]
+    held = f"weights up to step {steps[-1]}" if steps else "nothing recorded yet"
+    return f"incomplete, {held}; go on with --resume (resume=True in a Recorder)"
+
+
+def _table(run: Run, name: str) -> dict[str, Any]:
+    """One of the run's attributes that is a table; empty where it is missing."""
+    value = run.attributes.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        where = run.path / METADATA
+        raise DamagedError(f"the run's attribute {name} is no table", where=where, fix=RESTORE)
+    return value
+
+
+def _is_being_recorded(root: Path) -> bool:
+    """Whether a process holds the run's lock; a shared one, given back at once, tells."""
+    lock = root / WEIGHTS / "value" / PRIVATE_FOLDER / LOCK
+    try:
+        descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _settings(run: Run) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for name, scalar in (("lr", "lr"), ("momentum", "group_momentum")):
+        if scalar not in run.scalar_names():
+            continue
+        values = run.scalar(scalar)
+        first = values if values.ndim == 1 else values[:, 0]
+        sound = [value for value in first.tolist() if math.isfinite(value)]
+        if sound and (name == "lr" or any(sound)):
+            found[name] = [min(sound), max(sound)]
+    return found
 
 
 def _stream_words(stream: dict[str, Any]) -> str:

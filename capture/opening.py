@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 from collections.abc import Mapping
@@ -16,32 +17,43 @@ from crc32c import crc32c
 from capture import __version__
 from capture.describe import Description
 from capture.norms import Norms
+from capture.schedule import Schedule
 from capture.store import MismatchError, RunWriter, TensorTable
 from capture.store.attributes import read_attributes
 from capture.store.layout import METADATA, WEIGHTS
 
-# Entries that a resumed run must share with the one it continues.
-SAME_ON_RESUME = ("optimizer", "schedules")
+logger = logging.getLogger("capture")
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a recorder is about to record; `schedules` holds the text of each stream's schedule."""
+    """What a recorder is about to record; `total_steps` is what the user said of its length."""
 
     path: Path
     seen: Description
     optimizer: Mapping[str, Any]
-    schedules: Mapping[str, str]
+    schedules: Mapping[str, Schedule]
+    total_steps: int | None
     attributes: Mapping[str, Any]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share; the length only where a schedule depends on it."""
+        by_length = any(schedule.listed for schedule in self.schedules.values())
+        return {
+            "optimizer": dict(self.optimizer),
+            "schedules": {name: schedule.text for name, schedule in self.schedules.items()},
+            "total_steps": self.total_steps if by_length else None,
+        }
 
     def entries(self) -> dict[str, Any]:
         """Build the run's attributes; those that the user gave override the general ones."""
-        given = {"config": {}, "versions": versions(), "seeds": {}, "git_commit": None}
+        given: dict[str, Any] = {"config": {}, "versions": versions(), "seeds": {}}
+        given |= {"git_commit": None, "threads": torch.get_num_threads()}
         with torch.no_grad():
             initial = Norms(torch.float64).of(self.seen.parameters).tolist()
         own: dict[str, Any] = {
-            "optimizer": dict(self.optimizer),
-            "schedules": dict(self.schedules),
+            **self.identity,
             "initial_norm_by_tensor": [norm if math.isfinite(norm) else None for norm in initial],
             "frozen_digests": frozen_digests(self.seen),
             # Momentum from before the first recorded step is no part of the recorded path.
@@ -71,8 +83,8 @@ def finished_step(plan: RunPlan) -> int | None:
     return int(attributes["final_step"])
 
 
-def open_writer(plan: RunPlan, resume: bool) -> RunWriter:
-    """Create the run, or reopen it where `resume` is set and it is there.
+def open_writer(plan: RunPlan, resume: bool) -> tuple[RunWriter, bool]:
+    """Create the run, or reopen it where `resume` is set and it is there; tell if it was created.
 
     Raises `UsageError` for a path that is taken, `MismatchError` for a run of another model,
     optimizer or schedule.
@@ -84,12 +96,27 @@ def open_writer(plan: RunPlan, resume: bool) -> RunWriter:
         except BaseException:
             writer.close()
             raise
-        return writer
+        threads = writer.attributes.get("threads")
+        if threads not in (None, torch.get_num_threads()):
+            logger.warning(
+                "the run began with %s threads of torch and goes on with %d, so the last bits may "
+                "differ: %s",
+                threads,
+                torch.get_num_threads(),
+                plan.path,
+            )
+        return writer, False
     streams = {name: None for name in plan.schedules if name != WEIGHTS}
     frozen = plan.seen.frozen_bytes()
-    return RunWriter.create(
+    writer = RunWriter.create(
         plan.path, plan.seen.table, streams=streams, attributes=plan.entries(), frozen=frozen
     )
+    return writer, True
+
+
+def holds_nothing(writer: RunWriter) -> bool:
+    """Whether a run has neither a row nor a resume state."""
+    return not writer.committed_steps(WEIGHTS) and not any(writer.state_folder.glob("*.json"))
 
 
 def start_over(plan: RunPlan, writer: RunWriter) -> None:
@@ -102,6 +129,16 @@ def start_over(plan: RunPlan, writer: RunWriter) -> None:
         )
     writer.truncate(0)
     writer.update_attributes(**plan.entries())
+
+
+def note_frozen(seen: Description, writer: RunWriter) -> list[str]:
+    """Keep in the attributes which frozen tensors changed since the run began; return a warning."""
+    before, after = writer.attributes["frozen_digests"], frozen_digests(seen)
+    changed = [name for name in before if before[name] != after[name]]
+    if not changed:
+        return []
+    writer.update_attributes(frozen_changed=changed)
+    return [f"frozen tensors changed during the run: {', '.join(changed)}"]
 
 
 def frozen_digests(seen: Description) -> dict[str, str]:
@@ -120,8 +157,8 @@ def versions() -> dict[str, str]:
 
 
 def _check_same(plan: RunPlan, attributes: Mapping[str, Any]) -> None:
-    for name in SAME_ON_RESUME:
-        theirs, ours = attributes.get(name), dict(getattr(plan, name))
+    for name, ours in plan.identity.items():
+        theirs = attributes.get(name)
         if theirs != ours:
             raise MismatchError(
                 f"the run has {name} {theirs}, this recorder {ours}",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -108,24 +109,35 @@ def read_lr_file(path: str) -> tuple[list[int], list[float]]:
         near = difflib.get_close_matches(path, ["constant", "warmup-cosine", "multistep"], n=1)
         hint = f"did you mean {near[0]!r}?" if near else "there is no such file either"
         raise _error(path, hint)
-    steps: list[int] = []
-    rates: list[float] = []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
+    try:
+        # With or without the mark that some programs put before UTF-8.
+        text = Path(path).read_text(encoding="utf-8-sig")
+        rows = csv.DictReader(io.StringIO(text), strict=True)
         if not {"step", "lr"} <= set(rows.fieldnames or ()):
             raise UsageError("a learning rate file begins with the line step,lr", where=path)
-        for row in rows:
-            try:
-                step, rate = int(row["step"]), float(row["lr"])
-            except (TypeError, ValueError):
-                step, rate = -1, math.nan
-            if step < 0 or not rate >= 0 or math.isinf(rate) or (steps and step <= steps[-1]):
-                raise UsageError(
-                    "expected an ascending step and a rate of at least 0",
-                    where=f"{path}, line {rows.line_num}",
-                )
-            steps.append(step)
-            rates.append(rate)
+        return _read_rows(rows, path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"the learning rate file cannot be read, {why}", where=path) from None
+
+
+def _read_rows(rows: csv.DictReader[str], path: str) -> tuple[list[int], list[float]]:
+    steps: list[int] = []
+    rates: list[float] = []
+    for row in rows:
+        where = f"{path}, line {rows.line_num}"
+        # Columns beyond the header come under the key None, missing ones as the value None.
+        if None in row or None in row.values():
+            raise UsageError(f"expected {len(rows.fieldnames or ())} columns", where=where)
+        try:
+            step, rate = int(row["step"]), float(row["lr"])
+        except ValueError:
+            step, rate = -1, math.nan
+        sound = 0 <= step < 2**53 and 0 <= rate < math.inf
+        if not sound or (steps and step <= steps[-1]):
+            raise UsageError("expected an ascending step and a rate of at least 0", where=where)
+        steps.append(step)
+        rates.append(rate)
     if not steps:
         raise UsageError("this learning rate file has no rows", where=path)
     return steps, rates

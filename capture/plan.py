@@ -14,7 +14,7 @@ from capture.batches import load_batches
 from capture.config import TrainConfig
 from capture.progress import format_bytes
 from capture.storage import Storage, existing_folder, free_bytes
-from capture.train import Training, deterministic, prepare
+from capture.train import Training, deterministic, losses, prepare
 
 WARM_STEPS = 3
 TIMED_STEPS = 20
@@ -143,10 +143,8 @@ def _step_seconds(training: Training) -> float:
     times: list[float] = []
     began = before = time.perf_counter()
     # Without worker processes: starting them would take longer than the steps.
-    for batch in load_batches(training.task.train, batches, workers=0, device=training.device):
-        training.optimizer.zero_grad()
-        loss = training.task.loss(training.model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+    loader = load_batches(training.task.train, batches, workers=0, device=training.device)
+    for loss in losses(training, loader):
         training.optimizer.step()
         loss.item()  # waits for an accelerator
         now = time.perf_counter()

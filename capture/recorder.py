@@ -5,8 +5,9 @@
             optimizer.zero_grad(); loss = criterion(model(x), y); loss.backward(); optimizer.step()
 
 A hook before the optimizer's step sees w_t and the gradient that the update will use: after
-accumulation, unscaling and reduction over ranks. A hook after it sees w_{t+1}. All that the
-training thread does is copy; a writer thread does the rest.
+accumulation, unscaling and reduction over ranks. A hook after it sees w_{t+1}. The training thread
+computes the norm of every gradient and of every update, and at steps that are saved it copies;
+checksums and files are the work of a writer thread.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import logging
 import math
 import os
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,15 +24,30 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn, optim
 
+from capture.arguments import (
+    require_attributes,
+    require_state,
+    require_unclipped,
+    require_whole,
+)
 from capture.describe import describe, optimizer_facts
 from capture.hooks import StepHooks
 from capture.interruption import Interrupted
-from capture.opening import RunPlan, finished_step, frozen_digests, open_writer, start_over
-from capture.rng import restore_rng_state, rng_state
+from capture.opening import (
+    RunPlan,
+    finished_step,
+    holds_nothing,
+    note_frozen,
+    open_writer,
+    start_over,
+)
+from capture.ranks import require_rank
+from capture.resume import Moment, ResumeStates, Stateful
 from capture.schedule import Schedule
-from capture.snapshots import MINIBATCH, OWN_SCALARS, Snapshots, Update, stream_schedules
-from capture.state import load_newest, save
-from capture.store import SnapshotQueue, StraightwayError, UsageError
+from capture.snapshots import MINIBATCH, Snapshots, Update, require_scalar, stream_schedules
+from capture.state import load_newest
+from capture.store import SnapshotQueue, StraightwayError
+from capture.store.files import remove
 
 logger = logging.getLogger("capture")
 
@@ -46,12 +61,20 @@ class Recorder:
         optimizer: The optimizer whose steps are recorded.
         every: Which weights are saved: every k steps, or a schedule such as ``"log:50"``.
         gradients: Streams beside the weights, ``"minibatch,updates"`` or a sequence of these;
-            each with its own schedule after ``@`` if wanted. ``"none"`` or empty: weights only.
+            each with its own schedule after ``@`` if wanted. ``"none"``, `None` or empty: weights
+            only.
         total_steps: Length of the run in updates, for the schedule ``log:N``.
         steps_per_epoch: Lets `epoch` follow the steps, where the loop does not set it.
-        attributes: Entries for the run's attributes (config, seeds, …); JSON values.
+        attributes: Entries for the run's attributes (config, seeds, …); JSON values, under names
+            that the run does not use itself.
         checkpoint_every: Save a resume state after every so many updates.
-        resume: Continue the run at `path` from its newest resume state; see `restored`.
+        state: Objects with ``state_dict()`` and ``load_state_dict()`` that a resumed loop needs as
+            they were, as in ``{"scheduler": scheduler, "scaler": scaler}``: saved in every resume
+            state, and loaded by `resume`. Step schedulers after the optimizer, as torch asks: an
+            automatic state of update t with such objects is written when update t + 1 begins.
+        resume: Continue the run at `path` from its newest resume state: model, optimizer, random
+            numbers and `state` are put back. The position in the data is the loop's: go on with
+            batch number `step`. Not under `torch.distributed` with several ranks.
         clipped: False says that the loop never clips gradients, so that every clip factor is 1;
             by default it is unknown (NaN) where `clip_grad_norm_` was not called.
 
@@ -61,13 +84,19 @@ class Recorder:
         restored: What `checkpoint` was given, after a resume; `None` where the run starts at 0.
 
     Leaving the `with` block saves w_T and marks the run complete; after an exception it stays
-    incomplete. Under `torch.distributed` only rank 0 writes.
+    incomplete, or is removed again if it holds nothing yet. Under `torch.distributed` only rank 0
+    writes. Memory: one copy of the trainable weights beside the model, on its device, to tell what
+    each update did; and on the host two buffers of the size of a saved row for each stream.
+
+    With a `GradScaler` whose skipped steps never reach the optimizer, what was logged for a skipped
+    step, and its clip factor, hold until they are given anew: log the same names and clip in each
+    iteration or in none.
 
     Raises:
         UnsupportedModelError: Before the first step, for what cannot be recorded; at a step, for a
             model that changed.
         UsageError: The path is taken, or an argument is wrong.
-        MismatchError: Resuming with another model, optimizer or schedule.
+        MismatchError: Resuming with another model, optimizer, schedule or names in `state`.
         WriteError: The disk refused; raised at the next step after the writer thread met it.
     """
 
@@ -78,11 +107,12 @@ class Recorder:
         optimizer: optim.Optimizer,
         *,
         every: int | str | Schedule = 10,
-        gradients: str | Sequence[str] = (MINIBATCH,),
+        gradients: str | Sequence[str] | None = (MINIBATCH,),
         total_steps: int | None = None,
         steps_per_epoch: int | None = None,
         attributes: Mapping[str, Any] | None = None,
         checkpoint_every: int | None = None,
+        state: Mapping[str, Stateful] | None = None,
         resume: bool = False,
         clipped: bool | None = None,
     ) -> None:
@@ -100,12 +130,21 @@ class Recorder:
         self._hooks: StepHooks | None = None
         self._snapshots: Snapshots | None = None
 
+        is_writing_rank = require_rank(resume)
+        require_whole("total_steps", total_steps, 0, optional=True)
+        require_whole("steps_per_epoch", steps_per_epoch, 1, optional=True)
+        require_whole("checkpoint_every", checkpoint_every, 1, optional=True)
+        require_unclipped(clipped)
+        require_attributes(attributes or {})
+        require_state(state or {})
         facts = optimizer_facts(optimizer)
         self._seen = describe(model, optimizer)
         self._schedules = stream_schedules(every, gradients, total_steps, steps_per_epoch)
-        texts = {name: schedule.text for name, schedule in self._schedules.items()}
-        if _is_writing_rank():
-            self._open(RunPlan(self.path, self._seen, facts, texts, attributes or {}), resume)
+        if is_writing_rank:
+            plan = RunPlan(
+                self.path, self._seen, facts, self._schedules, total_steps, attributes or {}
+            )
+            self._open(plan, state or {}, resume)
         self._recording = not self.complete
         if self._recording:
             self._hooks = StepHooks(optimizer, self._before_step, self._after_step)
@@ -126,10 +165,7 @@ class Recorder:
     def log(self, **values: float | Tensor) -> None:
         """Keep scalars of the coming update, the loss above all: call it before the step."""
         for name, value in values.items():
-            if name in OWN_SCALARS or (isinstance(value, Tensor) and value.numel() != 1):
-                raise UsageError(
-                    "not a scalar that a loop can log", where=name, fix="log numbers, as loss=…"
-                )
+            require_scalar(name, value)
             # A tensor may be reused before the step, and is brought to the host only then.
             self._logged[name] = value.detach().clone() if isinstance(value, Tensor) else value
 
@@ -143,25 +179,13 @@ class Recorder:
         return total
 
     def checkpoint(self, **extra: Any) -> None:
-        """Save a resume state: model, optimizer, random numbers, and `extra`; between two steps.
+        """Save a resume state, with `state` and `extra`; call it between two updates.
 
-        `extra` is what the loop itself must know again, such as ``scheduler=….state_dict()``; it
-        comes back as `restored`. Every row so far is on disk before the state is.
+        `extra` is what the loop itself must know again; it comes back as `restored`. Every row so
+        far is on disk before the state is.
         """
-        if self._snapshots is None or not self._recording:
-            return
-        self._snapshots.queue.drain()
-        self._writer.flush()
-        tree = {
-            "model": self._seen.model.state_dict(),
-            "optimizer": self._seen.optimizer.state_dict(),
-            "rng": rng_state(),
-            "epoch": self._epoch,
-            "epoch_begun": self._snapshots.epoch_begun,
-            "gradient_missing": self._snapshots.gradient_missing,
-            "extra": extra,
-        }
-        save(self._writer.state_folder, self.step, tree)
+        if self._snapshots is not None and self._recording:
+            self._states.save(Moment(self.step, self._epoch), extra)
 
     @property
     def bytes_written(self) -> int:
@@ -175,43 +199,37 @@ class Recorder:
 
     # Opening.
 
-    def _open(self, plan: RunPlan, resume: bool) -> None:
+    def _open(self, plan: RunPlan, state: Mapping[str, Stateful], resume: bool) -> None:
         finished = finished_step(plan) if resume else None
         if finished is not None:
             self.complete, self.step = True, finished
             return
-        self._writer = open_writer(plan, resume)
+        self._writer, self._created = open_writer(plan, resume)
         try:
             found = load_newest(self._writer.state_folder) if resume else None
             if resume and found is None:
                 start_over(plan, self._writer)
             queue = SnapshotQueue(self._writer)
             self._snapshots = Snapshots(self._seen, self._schedules, queue)
+            self._states = ResumeStates(self._seen, state, self._writer, self._snapshots)
             if found is not None:
-                self._restore(self._snapshots, *found)
+                self.step, tree, notices = found
+                for notice in notices:
+                    logger.warning("%s", notice)
+                self._states.restore(self.step, tree)
+                self._epoch, self.restored = tree["epoch"], tree["extra"]
         except BaseException:
+            if self._snapshots is not None:
+                self._snapshots.close()
             self._writer.close()
             raise
-
-    def _restore(
-        self, snapshots: Snapshots, step: int, state: dict[str, Any], notices: list[str]
-    ) -> None:
-        for notice in notices:
-            logger.warning("%s", notice)
-        self._writer.truncate(step)
-        self.step = step
-        self._seen.model.load_state_dict(state["model"])
-        self._seen.optimizer.load_state_dict(state["optimizer"])
-        restore_rng_state(state["rng"])
-        self._epoch = state["epoch"]
-        snapshots.epoch_begun = state["epoch_begun"]
-        snapshots.gradient_missing = Counter(state["gradient_missing"])
-        self.restored = state["extra"]
 
     # Around each step of the optimizer.
 
     @torch.no_grad()
     def _before_step(self, loss: Any) -> None:
+        if self._snapshots is not None:
+            self._states.finish()
         if "loss" not in self._logged and isinstance(loss, float | Tensor):
             self.log(loss=loss)
         clip_factor = self._unclipped if self._clip_factor is None else float(self._clip_factor)
@@ -231,8 +249,9 @@ class Recorder:
         if self._snapshots is not None:
             self._snapshots.end(self._update, logged)
         self.step += 1
-        if self._checkpoint_every and self.step % self._checkpoint_every == 0:
-            self.checkpoint()
+        due = self._checkpoint_every and self.step % self._checkpoint_every == 0
+        if due and self._snapshots is not None:
+            self._states.begin(self.step, self._epoch)
 
     def _is_skipped(self) -> bool:
         """Whether a fused optimizer leaves the weights alone: its GradScaler found Inf or NaN."""
@@ -263,30 +282,14 @@ class Recorder:
         try:
             with torch.no_grad():
                 snapshots.final(self.step, self.epoch)
-            concerns = self._note(snapshots)
+            self._states.note_missing()
+            concerns = note_frozen(self._seen, self._writer) + snapshots.concerns(self.step)
             self._writer.finish(self.step)
             self.complete = True
         finally:
             self._end(snapshots)
         for concern in concerns:
             warnings.warn(concern, stacklevel=2)
-
-    def _note(self, snapshots: Snapshots) -> list[str]:
-        """Keep in the attributes what a reader must know and cannot see in the arrays.
-
-        Returns what the user should be warned of.
-        """
-        concerns = []
-        if snapshots.gradient_missing:
-            missing = dict(sorted(snapshots.gradient_missing.items()))
-            self._writer.update_attributes(gradient_missing=missing)
-        before, after = self._writer.attributes["frozen_digests"], frozen_digests(self._seen)
-        if changed := [name for name in before if before[name] != after[name]]:
-            self._writer.update_attributes(frozen_changed=changed)
-            concerns.append(f"frozen tensors changed during the run: {', '.join(changed)}")
-        if self.step == 0:
-            concerns.append("the optimizer made no step: the run holds the initial weights alone")
-        return concerns
 
     def _abandon(self, error: BaseException) -> None:
         """Leave after an exception: what was queued is written, the run stays incomplete."""
@@ -296,15 +299,20 @@ class Recorder:
         try:
             snapshots.queue.drain()
             self._writer.flush()
+            self._states.note_missing()
+            if self._created and holds_nothing(self._writer):
+                # So that it is not in the way of the corrected loop.
+                remove(self._writer.path)
         except StraightwayError as failure:
             if failure is not error:
                 logger.warning("%s", failure)
         finally:
             self._end(snapshots)
         # An interruption says itself how to go on.
-        if not isinstance(error, Interrupted):
+        if self.path.exists() and not isinstance(error, Interrupted):
             logger.warning(
-                "the run stays incomplete after %d updates: %s; go on with resume=True",
+                "the run stays incomplete after %d updates: %s; continue it with --resume "
+                "(resume=True in a Recorder)",
                 self.step,
                 self.path,
             )
@@ -317,12 +325,5 @@ class Recorder:
         return self._snapshots if recording else None
 
     def _end(self, snapshots: Snapshots) -> None:
-        snapshots.queue.close()
+        snapshots.close()
         self._writer.close()
-
-
-def _is_writing_rank() -> bool:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return True
-    return distributed.get_rank() == 0

@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 
 from capture.store.errors import UsageError
 
+# These are listed one by one.
+MAX_LISTED = 1_000_000
+
 FORMS = "10, log:50, epoch, bursts:51:1,2,5 or a union such as epoch+log:50"
 
 
@@ -62,17 +65,19 @@ class Schedule:
         steps: list[int] = np.flatnonzero(self.mask(total_steps)).tolist()
         return steps
 
-    def mask(self, total_steps: int) -> NDArray[np.bool_]:
-        """Whether each step below `total_steps` is saved: bool ``[total_steps]``."""
-        mask = np.zeros(total_steps, bool)
-        for burst in self.bursts:
-            for lag in burst.lags:
-                mask[lag :: burst.period] = True
-        mask[[step for step in self.listed if step < total_steps]] = True
+    def mask(self, stop: int, start: int = 0) -> NDArray[np.bool_]:
+        """Whether each step from `start` up to, not including, `stop` is saved: a bool for each."""
+        mask = np.zeros(stop - start, bool)
+        bursts = self.bursts
         if self.every_epoch:
             if self.steps_per_epoch is None:
                 raise _error(self.text, "the number of steps per epoch is not known")
-            mask[:: self.steps_per_epoch] = True
+            bursts = (*bursts, Burst(self.steps_per_epoch))
+        for burst in bursts:
+            for lag in burst.lags:
+                first = lag if lag >= start else start + (lag - start) % burst.period
+                mask[first - start :: burst.period] = True
+        mask[[step - start for step in self.listed if start <= step < stop]] = True
         return mask
 
     def _starts_epoch(self, step: int) -> bool:
@@ -120,8 +125,14 @@ def _log_spaced(count: int, total_steps: int | None, text: str) -> list[int]:
 
     Early ones, which would coincide after rounding, are consecutive; the rest are log-spaced.
     """
+    if count > MAX_LISTED:
+        raise _error(text, f"log:N takes at most {MAX_LISTED:,} steps")
     if total_steps is None:
-        raise _error(text, "log:N needs the length of the run, total_steps")
+        raise UsageError(
+            "no schedule: log:N needs the length of the run",
+            where=repr(text),
+            fix="give Recorder(…, total_steps=N)",
+        )
     if count >= total_steps:
         return list(range(total_steps))
     steps, last = [0], total_steps - 1

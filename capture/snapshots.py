@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from capture.describe import Description
 from capture.norms import Norms, WeightsCopy
 from capture.schedule import Schedule, parse_schedule
 from capture.staging import HostCopies
-from capture.store import SnapshotQueue, Staging
-from capture.store.layout import UPDATES, WEIGHTS
+from capture.store import SnapshotQueue, Staging, UsageError
+from capture.store.layout import METADATA, UPDATES, WEIGHTS
 from capture.streams import parse_streams
 
 MINIBATCH = "minibatch"
+MAX_NAME = 100
 
 # Every-step scalars that are written here; a loop may log `loss` and any other name.
 OWN_SCALARS = (
@@ -114,6 +116,24 @@ class Snapshots:
         self.queue.submit(WEIGHTS, self._staged.pop(WEIGHTS), step=step, epoch=epoch)
         self.queue.drain()
 
+    def concerns(self, step: int) -> list[str]:
+        """What the user should be warned of at the end, after `step` updates."""
+        if step == 0:
+            return ["the optimizer made no step: the run holds the initial weights alone"]
+        plans = self._schedules.values()
+        by_loop = any(plan.every_epoch and plan.steps_per_epoch is None for plan in plans)
+        if by_loop and self.epoch_begun is None:
+            return [
+                "the schedule epoch saw no epoch begin; set recorder.epoch in the loop, or give "
+                "Recorder(…, steps_per_epoch=N)"
+            ]
+        return []
+
+    def close(self) -> None:
+        """End the writer thread after what is queued, and give the staging buffers back."""
+        self.queue.close()
+        self._copies.close()
+
     def _due(self, update: Update) -> list[str]:
         """Streams that are saved at this step; a gradient never without its weights."""
         begins = _whole(update.epoch) != self.epoch_begun
@@ -152,9 +172,28 @@ class Snapshots:
         self._copies.copy_buffers(staging, self._seen.buffers)
 
 
+def require_scalar(name: str, value: Any) -> None:
+    """Raise `UsageError` for a name that is taken or bad, and for what is no real number."""
+    if name in OWN_SCALARS:
+        raise UsageError("the recorder itself logs this scalar", where=name, fix="rename it")
+    sound = name.isprintable() and "/" not in name and not name.startswith(".")
+    if not sound or not 0 < len(name) <= MAX_NAME or name == METADATA:
+        raise UsageError(
+            "not a name for a scalar",
+            where=repr(name[: MAX_NAME + 1]),
+            fix=f"use letters, digits and _, at most {MAX_NAME}",
+        )
+    if isinstance(value, torch.Tensor):
+        number = value.numel() == 1 and not value.is_complex()
+    else:
+        number = isinstance(value, Real)
+    if not number:
+        raise UsageError("not a scalar that a loop can log", where=name, fix="log one real number")
+
+
 def stream_schedules(
     every: int | str | Schedule,
-    gradients: str | Sequence[str],
+    gradients: str | Sequence[str] | None,
     total_steps: int | None,
     steps_per_epoch: int | None,
 ) -> dict[str, Schedule]:
@@ -167,7 +206,7 @@ def stream_schedules(
         return parse_schedule(text, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
 
     main = every if isinstance(every, Schedule) else parse(every)
-    text = gradients if isinstance(gradients, str) else ",".join(gradients) or "none"
+    text = gradients if isinstance(gradients, str) else ",".join(gradients or ()) or "none"
     requests = parse_streams(text)
     own = {r.name: main if r.schedule is None else parse(r.schedule) for r in requests}
     return {WEIGHTS: main, **own}

@@ -23,6 +23,7 @@ class HostCopies:
         # The staging is kept with its views, so that its id stays its own.
         self._views: dict[int, tuple[Staging, list[Tensor]]] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._pinned: list[int] = []
 
     def copy_parameters(
         self, staging: Staging, tensors: Sequence[Tensor | None], scale: float | None = None
@@ -53,6 +54,12 @@ class HostCopies:
                 )
             torch.from_numpy(staging.buffers[entry.name]).copy_(raw)
 
+    def close(self) -> None:
+        """Let go of the buffers, and of their pinning; closing twice is harmless."""
+        while self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._pinned.pop())  # type: ignore[no-untyped-call]
+        self._views.clear()
+
     def _copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         devices = {tensor.device for _, tensor in pairs if tensor.is_cuda}
         for device in devices:
@@ -75,7 +82,9 @@ class HostCopies:
             flat = torch.from_numpy(staging.parameters)
             if pinned:
                 runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-                runtime.cudaHostRegister(flat.data_ptr(), flat.nbytes, 0)
+                # Where the system refuses, for want of lockable memory, copies are merely slower.
+                if int(runtime.cudaHostRegister(flat.data_ptr(), flat.nbytes, 0)) == 0:
+                    self._pinned.append(flat.data_ptr())
             sizes = [entry.numel for entry in self._table.parameters]
             shapes = [entry.shape for entry in self._table.parameters]
             parts = torch.split(flat, sizes)

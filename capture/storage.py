@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from capture.progress import format_bytes
 from capture.schedule import parse_schedule
@@ -19,6 +18,9 @@ from capture.streams import parse_streams
 
 # Copies of the parameters that an optimizer keeps in its state.
 STATE_COPIES = {"sgd": 0, "momentum": 1, "nesterov": 1, "adam": 2, "adamw": 2}
+
+# Steps whose schedules are looked at together.
+PIECE = 4_000_000
 
 # Resume states on disk while a third one is being written.
 STATES = 3
@@ -54,16 +56,20 @@ def plan_storage(
 ) -> Storage:
     """Count what a training of `total_steps` updates of the tensors of `table` will save."""
 
-    def due(schedule: str) -> NDArray[np.bool_]:
-        parsed = parse_schedule(schedule, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
-        return parsed.mask(total_steps)
-
-    saved = {WEIGHTS: due(every)}
-    for request in parse_streams(gradients):
-        saved[request.name] = due(request.schedule or every)
+    texts = {WEIGHTS: every}
+    texts |= {request.name: request.schedule or every for request in parse_streams(gradients)}
+    schedules = {
+        name: parse_schedule(text, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+        for name, text in texts.items()
+    }
+    rows = dict.fromkeys(schedules, 0)
+    for start in range(0, total_steps, PIECE):
+        stop = min(start + PIECE, total_steps)
+        saved = {name: schedule.mask(stop, start) for name, schedule in schedules.items()}
         # A gradient is never saved without its weights.
-        saved[WEIGHTS] |= saved[request.name]
-    rows = {name: int(mask.sum()) for name, mask in saved.items()}
+        saved[WEIGHTS] = np.logical_or.reduce(list(saved.values()))
+        for name, mask in saved.items():
+            rows[name] += int(np.count_nonzero(mask))
     rows[WEIGHTS] += 1  # the final iterate
     groups, tensors = 1, len(table.parameters)
     scalars = 8 * total_steps * (6 + 3 * groups + 2 * tensors)

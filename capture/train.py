@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from capture.batches import BatchOrder, load_batches, mix
 from capture.config import TrainConfig
-from capture.describe import describe
+from capture.describe import check_parameters, describe
+from capture.factories import user_code
 from capture.interruption import Interrupted, StopRequest
 from capture.models import build_model
 from capture.optimizers import LearningRate, build_optimizer, learning_rate
@@ -87,7 +88,9 @@ def prepare(config: TrainConfig) -> Training:
     torch.manual_seed(config.seed)
     model = build_model(
         config.model, task.model_args, width=config.width, model_args=config.model_args
-    ).to(device)
+    )
+    check_parameters(model)
+    model = model.to(device)
     torch.manual_seed(mix(config.data_seed, 2**32))
     optimizer = build_optimizer(
         model.parameters(),
@@ -112,7 +115,7 @@ def train(
     with deterministic(config.threads):
         training = prepare(config)
         config, model, optimizer = training.config, training.model, training.optimizer
-        task, order, total = training.task, training.order, training.total_steps
+        order, total = training.order, training.total_steps
         attributes = run_attributes(config)
         if resume and (out / METADATA).exists():
             require_same(out, attributes)
@@ -140,14 +143,12 @@ def train(
             already_complete = recorder.complete
             batches = order.between(recorder.step, total)
             model.train()
-            for batch in load_batches(
-                task.train, batches, workers=config.workers, device=training.device
-            ):
+            loader = load_batches(
+                training.task.train, batches, workers=config.workers, device=training.device
+            )
+            for batch_loss in losses(training, loader):
                 for group in optimizer.param_groups:
                     group["lr"] = training.rate(recorder.step)
-                optimizer.zero_grad()
-                batch_loss = task.loss(model, batch)
-                batch_loss.backward()  # type: ignore[no-untyped-call]
                 recorder.log(loss=batch_loss)
                 optimizer.step()
 
@@ -178,6 +179,26 @@ def train(
         bytes_written=recorder.bytes_written,
         already_complete=already_complete,
     )
+
+
+def losses(training: Training, batches: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the loss of each batch, its gradient in place; the caller makes the update.
+
+    What the user's own code raises on the first batch becomes one `UsageError`; later, it is no
+    longer a wrong shape or dtype, and a traceback says more.
+    """
+    iterator, first = iter(batches), True
+    while True:
+        with user_code("the first step failed") if first else nullcontext():
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            training.optimizer.zero_grad()
+            loss = training.task.loss(training.model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+        first = False
+        yield loss
 
 
 @torch.no_grad()

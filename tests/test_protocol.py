@@ -118,8 +118,11 @@ def test_one_recorded_training_gives_what_two_trainings_measured(tmp_path: Path)
             assert row["step"] == step
             # Equal float32 bits go in; what remains is the order of sums in float64.
             assert row[name] == pytest.approx(value, rel=1e-9)
-    # This run has a null, and it is not what was measured: the landscape is no random walk.
-    assert all(0 < row["cosine_null"] < 1 for row in by_stream["minibatch"])
+    # This run has a null, and early on it is not what was measured: the way is no random walk.
+    found = ([row[name] for row in by_stream["minibatch"]] for name in ("cosine", "cosine_null"))
+    cosine, null = map(np.array, found)
+    assert ((null > 0) & (null < 1)).all()
+    assert np.median(cosine[:8] / null[:8]) > 1.2
 
 
 def descend_quadratic(path: Path, h: Values, start: Values, lr: float, total: int) -> Path:

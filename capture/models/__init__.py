@@ -8,11 +8,10 @@ own always.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from capture.factories import call_factory, find_factory
+from capture.factories import call_factory, find_factory, signature_of
 from capture.store.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,9 +33,18 @@ def build_model(
     """
     factory = find_factory("model", name, MODELS)
     offered = {**task_args, "width": width}
-    named = inspect.signature(factory).parameters
+    signature = signature_of(factory)
+    named = signature.parameters if signature is not None else {}
     if width != 1.0 and "width" not in named:
         raise UsageError(f"the model {name} has no width to scale", where=f"width = {width}")
     arguments = {key: value for key, value in offered.items() if key in named}
-    model: nn.Module = call_factory(factory, "model", name, {**arguments, **(model_args or {})})
+    model = call_factory(factory, "model", name, {**arguments, **(model_args or {})})
+
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"the model {name} is no torch.nn.Module but a {type(model).__name__}",
+            fix="let the factory return the model",
+        )
     return model

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from capture.arguments import require_whole
 from capture.store.errors import UsageError
 
 
@@ -106,9 +107,12 @@ def resnet(
     32×32 images (11,173,962 parameters with 10 classes); ``stem="large"`` begins with a 7×7
     convolution and a pooling, for ImageNet.
     """
+    require_whole("depth", depth, 1)
     if depth not in DEPTHS:
         known = ", ".join(str(known) for known in DEPTHS)
         raise UsageError(f"no resnet of depth {depth}", fix=f"known are {known}")
+    require_whole("channels", channels, 1)
+    require_whole("channels * width, rounded,", round(channels * width), 1)
     return ResNet(input_shape[0], num_classes, depth, round(channels * width), stem)
 
 

@@ -1,6 +1,6 @@
 """Small recorded runs with scalars, parameter groups and clipping, and their raw rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def write_run(
     scalars: Mapping[str, Values] | None = None,
     optimizer: Mapping[str, Any] = OPTIMIZER,
     steps: Mapping[str, Sequence[int]] | None = None,
-    epoch: float | None = 0.5,
+    epoch: float | Callable[[int], float] | None = 0.5,
     complete: bool = True,
     **attributes: Any,
 ) -> Path:
@@ -66,10 +66,11 @@ def write_run(
         staging = writer.staging(name)
         for row, values in enumerate(rows):
             step = row if steps is None else steps[name][row]
+            now = epoch(step) if callable(epoch) else epoch
             for batch, vector in enumerate(np.atleast_2d(values)):
                 staging.parameters[:] = vector
                 number = None if batches[name] is None else batch
-                writer.commit(name, staging, step=step, epoch=epoch, batch=number)
+                writer.commit(name, staging, step=step, epoch=now, batch=number)
     for step in range(len(next(iter((scalars or {}).values()), ()))):
         writer.append_scalars(step, {name: v[step] for name, v in (scalars or {}).items()})
     if complete:
@@ -105,7 +106,11 @@ def read_rows(path: Path) -> Rows:
 
 
 def random_run(path: Path, **options: Any) -> Path:
-    """A run of 6 updates of random numbers, clipped in three of them, with every stream."""
+    """A run of 6 updates of random numbers, clipped in three of them, with every stream.
+
+    `change` may alter the scalars before they are written.
+    """
+    change: Callable[[dict[str, Values]], object] = options.pop("change", lambda scalars: None)
     draw = np.random.default_rng(options.pop("seed", 0)).standard_normal
     total, size = 6, TABLE.num_parameters
     gradients = draw((total, size)).astype("f4")
@@ -125,6 +130,43 @@ def random_run(path: Path, **options: Any) -> Path:
         "updates": draw((total, size)).astype("f4"),
         "fixed": draw((total + 1, 3, size)).astype("f4"),
     }
+    change(scalars)
     initial = norms(streams["weights"][0].astype(np.float64))
     options.setdefault("initial_norm_by_tensor", initial.tolist())
     return write_run(path, streams, scalars=scalars, **options)
+
+
+# What `sparse_run` keeps of each stream: no row number is a step, and no two streams agree.
+SPARSE = {"weights": (0, 2, 3, 5, 7), "minibatch": (0, 3, 7), "updates": (2, 5), "fixed": (3, 5)}
+
+
+def epoch_of(step: int) -> float:
+    """The epoch that `sparse_run` gives each step."""
+    return 0.25 + step / 8
+
+
+def sparse_run(path: Path, dense: Mapping[str, Values]) -> Path:
+    """Write the rows `SPARSE` of a path of 8 updates, with the scalars of every step.
+
+    `dense` has the weights float32 ``[9, D]``, minibatch gradients and updates ``[8, D]`` and the
+    batches of `fixed` ``[9, B, D]`` of all steps.
+    """
+    total, steps = 8, {**SPARSE, "weights": (*SPARSE["weights"], 8)}
+    growing = np.arange(1.0, total + 1)
+    scalars = {
+        "loss": growing * 7,
+        "lr": growing / 10,
+        "clip_factor": 1 / growing,
+        "grad_norm_by_tensor": norms(dense["minibatch"].astype(np.float64)),
+        "group_lr": np.stack([growing / 10, growing / 30], axis=1),
+        "group_momentum": np.full((total, 2), 0.9),
+        "group_weight_decay": np.stack([growing / 100, growing / 70], axis=1),
+    }
+    return write_run(
+        path,
+        {name: dense[name][list(kept)] for name, kept in steps.items()},
+        scalars=scalars,
+        steps=steps,
+        epoch=epoch_of,
+        initial_norm_by_tensor=norms(dense["weights"][0].astype(np.float64)).tolist(),
+    )

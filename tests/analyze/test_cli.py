@@ -1,23 +1,42 @@
 """The command `analyze`: its output, its exit codes, and that nothing is left behind."""
 
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
+from distributed import LocalCluster
 
 from analyze.cli import main
 from analyze.tables import GROUPINGS
-from tests.analyze.recorded import random_run
+from tests.analyze.recorded import random_run, write_run
+from tests.analyze.small_runs import flip
 
 
 def analyze(*arguments: str) -> Result:
     return CliRunner().invoke(main, arguments)
+
+
+def in_a_process(
+    *arguments: str, before: str = "", **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    """Call `analyze` as a program of its own, after the statements `before`."""
+    call = f"{before}\nimport sys; from analyze.cli import main; sys.argv[0] = 'analyze'; main()"
+    return subprocess.run(
+        [sys.executable, "-c", call, *arguments],
+        env={"PYTHONPATH": str(Path(__file__).parents[2]), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +84,8 @@ def test_references_streams_and_groups_are_chosen(folder: Path) -> None:
 
 @pytest.mark.parametrize("command", ["compute", "report"])
 def test_the_example_of_each_command_runs(folder: Path, command: str) -> None:
-    words = shlex.split(main.commands[command].example)  # type: ignore[attr-defined]
+    example = main.commands[command].example  # type: ignore[attr-defined]
+    words = shlex.split(example.replace("\\\n", " "))
     assert words[:2] == ["analyze", command]
     done = analyze(*words[1:])
     assert done.exit_code == 0, done.stderr
@@ -99,23 +119,112 @@ def test_report_writes_figures_on_request(folder: Path) -> None:
 def test_what_a_user_can_do_wrong(
     folder: Path, arguments: list[str], code: int, words: str
 ) -> None:
-    done = analyze("compute", *arguments, "--out", "out/t.parquet")
+    done = analyze("compute", *arguments, "--out", "t.parquet")
     assert done.exit_code == code
     assert words in done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
-    assert not Path("out/t.parquet").exists()
+    assert not Path("t.parquet").exists()
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(folder: Path) -> None:
+@pytest.mark.parametrize("command", ["compute", "report"])
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("file/t.parquet", "no file can be written here|there is no such folder"),
+        ("runs", "this is a folder"),
+        ("nowhere/t.parquet", "there is no such folder"),
+        ("runs/first.zarr/t.parquet", "inside a run"),
+        ("runs/first.zarr/weights/value/c/0/0", "inside a run"),
+        ("link/zarr.json", "inside a run"),
+        ("/dev/null", "no ordinary file"),
+        ("n" * 300, "no file can be written here"),
+    ],
+)
+def test_a_place_that_may_not_be_written_is_refused_before_anything_is_read(
+    folder: Path, command: str, out: str, words: str
+) -> None:
     Path("file").write_text("here")
+    Path("link").symlink_to("runs/first.zarr")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     # There is no such run: that would be the complaint if the runs had been looked at.
-    done = analyze("compute", "runs/none.zarr", "--out", "file/t.parquet")
-    assert done.exit_code == 1
-    assert done.stderr.startswith("error: cannot write")
-    assert analyze("compute", "runs/first.zarr", "--out", "runs").exit_code == 2
-    assert analyze("report", "runs/first.zarr", "--out", "runs").exit_code == 2
+    done = analyze(command, "runs/none.zarr", "--out", out)
+    assert done.exit_code == 2
+    assert re.match(f"error: .*({words})", done.stderr)
+    assert done.stderr.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_an_input_is_not_written_over(folder: Path) -> None:
+    shutil.copy("runs/first.zarr/weights/value/c/0/0", "w.safetensors")
+    Path("other").hardlink_to("w.safetensors")
+    before = Path("w.safetensors").read_bytes()
+    for out in ("w.safetensors", "./other"):
+        done = analyze(
+            *("compute", "runs/first.zarr", "--reference", "file:w.safetensors", "--out", out)
+        )
+        assert done.exit_code == 2
+        assert "this file is an input" in done.stderr
+    assert Path("w.safetensors").read_bytes() == before
+    assert analyze("compute", "runs/first.zarr", "--out", "t.parquet").exit_code == 0
+    assert analyze("report", "t.parquet", "--out", "t.parquet").exit_code == 2
+
+
+def test_a_run_without_rows_is_one_line(folder: Path) -> None:
+    streams = {"weights": np.ones((1, 25), "f4"), "minibatch": np.empty((0, 25), "f4")}
+    write_run(folder / "runs" / "empty.zarr", streams)
+    done = analyze("compute", "runs/empty.zarr", "--stream", "minibatch", "--out", "t.parquet")
+    assert (done.exit_code, done.stderr.count("\n")) == (3, 1)
+    assert "no rows" in done.stderr
+    done = analyze("compute", "runs/empty.zarr", "--out", "t.parquet")
+    assert done.exit_code == 0
+    assert "1 row in t.parquet" in done.stderr
+    assert "γ" not in done.stdout
+
+
+def test_a_cluster_gives_the_same_file_and_the_same_errors(folder: Path) -> None:
+    shard = "runs/bad.zarr/gradients/minibatch/value/c/1/0"
+    shutil.copytree("runs/first.zarr", "runs/bad.zarr")
+    assert analyze("compute", "runs/first.zarr", "--out", "here.parquet").exit_code == 0
+    flip(Path(shard), 8 + int.from_bytes(Path(shard).read_bytes()[:8], "little") + 5)
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+    ) as cluster:
+        there = ["--scheduler", cluster.scheduler_address, "--out", "there.parquet"]
+        done = in_a_process("compute", "runs/first.zarr", *there)
+        bad = in_a_process("compute", "runs/bad.zarr", *there)
+    assert done.returncode == 0, done.stderr
+    assert Path("here.parquet").read_bytes() == Path("there.parquet").read_bytes()
+    assert bad.returncode == 3
+    assert bad.stderr.startswith("error: row 1 (step 1) of 'minibatch'")
+    assert bad.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "line"),
+    [(signal.SIGINT, 130, "error: interrupted\n"), (signal.SIGTERM, 143, "error: terminated\n")],
+)
+def test_a_signal_ends_it_with_one_line(
+    folder: Path, signum: signal.Signals, code: int, line: str
+) -> None:
+    # The signal comes in the middle of the measurement, wherever that runs.
+    before = f"""
+import os, analyze.tables
+analyze.tables.compute_moments = lambda *_, **__: os.kill(os.getpid(), {signum.value})
+"""
+    done = in_a_process("compute", "runs/first.zarr", "--out", "t.parquet", before=before)
+    assert (done.returncode, done.stderr, done.stdout) == (code, line, "")
+    assert not Path("t.parquet").exists()
+
+
+def test_help_fits_a_terminal_and_cuts_nothing_short() -> None:
+    for arguments in ([], *([command] for command in main.commands)):
+        text = analyze(*arguments, "--help").stdout
+        assert max(map(len, text.splitlines())) <= 80
+        assert "..." not in text.replace("[ARGS]...", "")
+    assert "RUN is a folder" in analyze("compute", "--help").stdout
+    assert "A TABLE is what" in analyze("report", "--help").stdout
 
 
 def test_a_format_without_a_folder_is_refused(folder: Path) -> None:
@@ -151,15 +260,8 @@ def test_the_choices_of_by_are_all_groupings() -> None:
 
 
 def test_output_survives_a_terminal_without_greek(folder: Path) -> None:
-    call = "import sys; from analyze.cli import main; sys.argv[0] = 'analyze'; main()"
     arguments = ["compute", "runs/first.zarr", "--out", "t.parquet"]
-    done = subprocess.run(
-        [sys.executable, "-c", call, *arguments],
-        env={"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONIOENCODING": "ascii"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = in_a_process(*arguments, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert "? > 0: a step along -g" in done.stdout
 

@@ -1,5 +1,6 @@
 """Measuring whole runs: right in every entry, and the same bytes however the work is cut."""
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analyze import checksums
+from analyze import checksums, references
 from analyze.compute import Moments, compute_moments
 from analyze.moments import GEOMETRY, MOMENTS, WITHOUT_GRADIENT
 from analyze.references import parse_reference
@@ -258,3 +259,12 @@ def test_non_finite_coordinates_are_counted_by_tensor(small_chunks: None, tmp_pa
     assert found.nonfinite[:, 1, 1].tolist() == [1, 1, 1, 1]  # the reference itself
     clean = np.isfinite(found.array).all(axis=-1)
     assert (clean == (found.nonfinite == 0)).all()
+
+
+def test_references_are_closed_after_each_call(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()  # what earlier tests left open
+    closed: list[object] = []
+    monkeypatch.setattr(references._Rows, "close", lambda rows: closed.append(rows))
+    for calls in (1, 2):
+        measure(run, workers=2)
+        assert len(closed) == len(REFERENCES) * calls

@@ -3,12 +3,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from analyze.axes import angle_label, number_label, value_scale
-from analyze.charts import COLUMN, FORMATS, PAGE, Chart, draw_file, draw_inline
+from analyze.charts import COLUMN, FORMATS, Chart, draw_file, draw_inline
 from analyze.curves import Columns, Curve, read_columns, read_curves, run_labels
-from analyze.figures import KINDS, build_figures, end_of
-from analyze.heatmap import MAX_GROUPS, build_heat_map
+from analyze.figures import KINDS, PALETTE, build_figures, end_of
+from analyze.heatmap import MAX_GROUPS, HeatMap, build_heat_map, draw_cells
 from tests.analyze.simulation import SIZE, TENSORS, simulate
 
 RUN = "runs/demo.zarr"
@@ -120,6 +121,30 @@ def test_one_line_of_several_runs_is_named(curves: list[Curve]) -> None:
     assert charts["cosine-ratio"].named
 
 
+def test_each_run_keeps_its_colour_in_every_figure() -> None:
+    tables = [
+        simulate(run, seed=seed, total=200, streams=("minibatch", "fixed", "updates"))
+        for seed, run in enumerate(("a.zarr", "b.zarr"))
+    ]
+    curves = [
+        curve
+        for run, table in zip("ab", tables, strict=True)
+        for curve in read_curves(read_columns(table, {}), f"{run}.zarr", "final", run)
+    ]
+    charts = {chart.name: chart for chart in build_figures(curves, {})}
+    assert list(charts) == [kind.name for kind in KINDS]
+    for name, chart in charts.items():
+        colors = {
+            run: {line.color for line in chart.lines if run in line.label.split()} for run in "ab"
+        }
+        assert colors == {"a": {PALETTE[0]}, "b": {PALETTE[1]}}, name
+    # The streams of a run differ in their strokes instead.
+    strokes = {line.label: line.dash for line in charts["rsi"].lines}
+    assert strokes["RSI⁻ a minibatch"] == strokes["RSI⁻ b minibatch"] == "-"
+    assert strokes["RSI⁻ a fixed"] == strokes["RSI⁻ b fixed"] == "-."
+    draw_file(charts["rsi"], "svg")
+
+
 def test_undefined_values_are_counted() -> None:
     columns = read_columns(simulate(), {RUN: SIZE})
     columns["rsi"][:3] = np.nan
@@ -144,12 +169,12 @@ def test_hover_points_lie_on_the_drawn_line(charts: dict[str, Chart]) -> None:
 
 
 def test_equal_figures_give_equal_bytes(charts: dict[str, Chart]) -> None:
-    assert draw_inline(charts["cosine"], "a") == draw_inline(charts["cosine"], "a")
+    assert draw_inline(charts["loss"], "a") == draw_inline(charts["loss"], "a")
     for kind in FORMATS:
-        assert draw_file(charts["rsi"], kind) == draw_file(charts["rsi"], kind)
+        assert draw_file(charts["loss"], kind) == draw_file(charts["loss"], kind)
 
 
-@pytest.mark.parametrize("width", [COLUMN, PAGE])
+@pytest.mark.parametrize("width", [COLUMN, 6.75])
 def test_pdf_is_as_wide_as_asked_with_truetype_fonts(
     charts: dict[str, Chart], width: float
 ) -> None:
@@ -180,12 +205,26 @@ def test_names_are_no_formulas(curves: list[Curve], tmp_path: Path) -> None:
 def test_heat_map_holds_the_ratio_of_each_group() -> None:
     columns = read_columns(simulate(by_tensor=True), {RUN: SIZE})
     assert not columns["whole"].any()
-    heat_map = build_heat_map(columns, "minibatch", (360, 400))
+    heat_map = build_heat_map(columns, "minibatch", (360, 400), "tensor")
     assert heat_map is not None
     assert heat_map.groups == tuple(TENSORS)
+    assert heat_map.sizes == tuple(stop - start for start, stop in TENSORS.values())
     dense = (columns["cosine"] / columns["cosine_null"]).reshape(len(TENSORS), -1)
     np.testing.assert_array_equal(heat_map.values, dense)
     assert draw_file(heat_map, "png").startswith(b"\x89PNG")
+
+
+def test_heat_map_names_its_groups_and_their_sizes() -> None:
+    values, edges = np.array([[2.0, 0.5], [1.0, 3.0]]), np.array([0.0, 5.0, 10.0])
+    heat_map = HeatMap(
+        "groups", "", "", "γ/γ⁰", "layer", ("1", "3"), (16640, 7), edges, values, ratio=True
+    )
+    figure = Figure()
+    axes = figure.add_subplot()
+    draw_cells(figure, axes, heat_map)
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["1 · 16,640", "3 · 7"]
+    assert axes.get_ylabel() == "layer · parameters"
 
 
 def test_heat_map_of_many_groups_and_rows_says_what_it_leaves_out() -> None:

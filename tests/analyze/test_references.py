@@ -1,17 +1,15 @@
 """Reference points: the five forms, what each gives, and what is refused in which words."""
 
-import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from analyze.references import (
     FileReference,
@@ -20,18 +18,14 @@ from analyze.references import (
     Reference,
     RunReference,
     StepReference,
+    end_of_path,
     parse_reference,
 )
 from capture.store import (
     DamagedError,
-    InputError,
     MismatchError,
     NotARunError,
     Run,
-    RunWriter,
-    StraightwayError,
-    Tensor,
-    TensorTable,
     UnfinishedError,
     UnknownNameError,
     UsageError,
@@ -174,124 +168,6 @@ def test_a_damaged_reference_row_gives_no_chunk(run: Run, text: str, tmp_path: P
         parse_reference(text).bind(run)
 
 
-# Files ----------------------------------------------------------------------------------------
-
-
-def tensors_of(vector: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    parts = np.split(vector, np.cumsum(SIZES)[:-1])
-    return {f"t{index}": np.ascontiguousarray(part) for index, part in enumerate(parts)}
-
-
-def write_tensors(path: Path, entries: dict[str, tuple[str, list[int], bytes]]) -> Path:
-    """Write a safetensors file by hand: name → (dtype, shape, bytes)."""
-    header, data = {}, b""
-    for name, (dtype, shape, raw) in entries.items():
-        offsets = [len(data), len(data) + len(raw)]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-        data += raw
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    return path
-
-
-@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
-def test_files_of_every_width_are_widened_exactly(run: Run, tmp_path: Path, dtype: str) -> None:
-    vector = np.random.default_rng(5).standard_normal(SIZE).astype(dtype)
-    extra = {"running_mean": np.ones(3), "num_batches_tracked": np.array(7)}
-    save_file({**tensors_of(vector), **extra}, tmp_path / "w.safetensors")
-    found = coordinates(parse_reference(f"file:{tmp_path / 'w.safetensors'}"), run)
-    assert found.dtype == (np.float64 if dtype == "f8" else np.float32)
-    assert (found == vector).all()
-
-
-def test_bfloat16_files_are_widened_exactly_and_may_be_links(run: Run, tmp_path: Path) -> None:
-    exact = WEIGHTS[0].view(np.uint32) & np.uint32(0xFFFF0000)
-    halves = tensors_of((exact >> 16).astype("<u2"))
-    entries = {k: ("BF16", [v.size], v.tobytes()) for k, v in reversed(halves.items())}
-    write_tensors(tmp_path / "real", entries)
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    found = coordinates(parse_reference(f"file:{tmp_path / 'link'}"), run)
-    assert (found == exact.view(np.float32)).all()
-
-
-def test_a_tied_tensor_may_be_under_its_other_name(tmp_path: Path) -> None:
-    table = TensorTable((Tensor("embed", (2, 3), "F32", aliases=("head",)),))
-    writer = RunWriter.create(tmp_path / "r.zarr", table, streams={}, attributes={}, frozen={})
-    writer.commit("weights", writer.staging("weights"), step=0, epoch=None)
-    writer.finish(0)
-    writer.close()
-    tied = np.arange(6, dtype="f4").reshape(2, 3)
-    save_file({"head": tied}, tmp_path / "w.safetensors")
-    bound = parse_reference(f"file:{tmp_path / 'w.safetensors'}").bind(open_run(writer.path))
-    assert bound.chunk(0).tolist() == [0, 1, 2, 3, 4, 5]
-
-
-def test_an_exported_row_is_the_row(run: Run, tmp_path: Path) -> None:
-    shard = run.path / "weights/value/c/2/0"  # a shard is a safetensors file as it stands
-    assert (coordinates(parse_reference(f"file:{shard}"), run) == WEIGHTS[2]).all()
-
-
-Spoil = Callable[[dict[str, tuple[str, list[int], bytes]]], object]
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda e: e.pop("t3"), "'t3' is missing"),
-        (lambda e: e.update(t1=("F32", [1, 1], bytes(4))), r"'t1' has shape \[1, 1\].*run \[1\]"),
-        (lambda e: e.update(t1=("I32", [1], bytes(4))), "'t1' has dtype I32"),
-    ],
-)
-def test_a_file_of_another_model_is_refused_by_the_first_tensor(
-    run: Run, tmp_path: Path, spoil: Spoil, words: str
-) -> None:
-    entries = {k: ("F32", [v.size], v.tobytes()) for k, v in tensors_of(WEIGHTS[0]).items()}
-    spoil(entries)
-    path = write_tensors(tmp_path / "w.safetensors", entries)
-    with pytest.raises(MismatchError, match=words):
-        parse_reference(f"file:{path}").bind(run)
-
-
-def whole_file(path: Path) -> bytes:
-    save_file(tensors_of(WEIGHTS[0]), path)
-    return path.read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda data: b"", "its header does not fit"),
-        (lambda data: data[:5], "its header does not fit"),
-        (lambda data: b"\xff" * 200, "its header does not fit"),
-        (lambda data: data[:40], "its header does not fit"),
-        (lambda data: data[:8] + b"\xff" + data[9:], "its header is not JSON"),
-        (lambda data: (2).to_bytes(8, "little") + b"[]", "its header lists no tensors"),
-        (lambda data: data[:-1], "it is cut short"),
-        (lambda data: data.replace(b'"F32"', b'"F64"'), "its header does not add up"),
-        (lambda data: data.replace(b'"dtype"', b'"dtypo"'), "its entry 't0' cannot be read"),
-    ],
-)
-def test_a_damaged_file_is_refused_in_one_line(
-    run: Run, tmp_path: Path, spoil: Callable[[bytes], bytes], words: str
-) -> None:
-    path = tmp_path / "w.safetensors"
-    path.write_bytes(spoil(whole_file(path)))
-    with pytest.raises(DamagedError, match=f"{words}.*w.safetensors; check that") as caught:
-        parse_reference(f"file:{path}").bind(run)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_file_that_shrinks_under_our_hands_is_noticed(run: Run, tmp_path: Path) -> None:
-    path = tmp_path / "w.safetensors"
-    data = whole_file(path)
-    bound = parse_reference(f"file:{path}").bind(run)
-    path.write_bytes(data[:-4])
-    with pytest.raises(DamagedError, match="shrank"):
-        bound.chunk(run.stream("weights").grid.num_chunks - 1)
-
-
-def test_a_missing_file_or_a_folder_is_named(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no such file.*nowhere\.safetensors"):
-        parse_reference(f"file:{tmp_path}/nowhere.safetensors").bind(run)
-    with pytest.raises(StraightwayError, match="directory"):
-        parse_reference(f"file:{tmp_path}").bind(run)
+def test_a_reference_on_the_own_path_has_an_end() -> None:
+    wanted = {"final": 6, "step:4": 4, "mean:3": 6, "file:w.safetensors": None, "run:b": None}
+    assert {text: end_of_path(text, 6) for text in wanted} == wanted

@@ -1,29 +1,24 @@
+import json
 import re
 import shutil
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from analyze.charts import Drawing
 from analyze.curves import read_columns, read_curves
-from analyze.facts import conditional_rate
+from analyze.facts import conditional_rate, run_facts
+from analyze.page import read_verdict
 from analyze.report import write_report
+from analyze.tables import METADATA_KEY
+from analyze.verdict import verdict
 from capture.store.errors import InputError, UsageError, WriteError
 from tests.analyze.simulation import simulate
 from tests.analyze.small_runs import random_streams, write_run
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on the path")
-QUIET = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    *("--enable-logging=stderr", "--virtual-time-budget=2000"),
-)
 
 
 def save(table: pa.Table, path: Path) -> str:
@@ -49,105 +44,6 @@ def page(folder: Path, tables: list[str]) -> Path:
     return out
 
 
-@pytest.fixture
-def browse(tmp_path: Path) -> Callable[[Path], tuple[str, str]]:
-    """Open a page in a browser: its document at the end, and what the browser complained about."""
-
-    def run(page: Path) -> tuple[str, str]:
-        command = [str(CHROMIUM), *QUIET, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-        done = subprocess.run(
-            [*command, page.as_uri()], capture_output=True, text=True, timeout=60, check=True
-        )
-        return done.stdout, "\n".join(x for x in done.stderr.splitlines() if "CONSOLE" in x)
-
-    return run
-
-
-def with_script(page: Path, script: str, out: Path) -> Path:
-    text = page.read_text().replace("</body>", f"<script>{script}</script></body>")
-    out.write_text(text)
-    return out
-
-
-@needs_browser
-def test_page_opens_in_a_browser_without_errors(
-    page: Path, browse: Callable[[Path], tuple[str, str]], tmp_path: Path
-) -> None:
-    script = """
-      document.body.dataset.drawn = [...document.querySelectorAll("figure svg")]
-        .filter((svg) => svg.getBoundingClientRect().height > 100).length;
-      document.body.dataset.loaded = performance.getEntriesByType("resource").length;
-      document.body.dataset.wide = document.documentElement.scrollWidth > innerWidth;
-    """
-    document, complaints = browse(with_script(page, script, tmp_path / "page.html"))
-    assert complaints == ""
-    # Ten kinds of figure for the whole model, and one heat map of the tensors.
-    assert 'data-drawn="11"' in document
-    assert 'data-loaded="0"' in document
-    assert 'data-wide="false"' in document
-
-
-@needs_browser
-def test_a_broken_page_is_noticed(
-    page: Path, browse: Callable[[Path], tuple[str, str]], tmp_path: Path
-) -> None:
-    script = "new Image().src = 'http://127.0.0.1:9/x.png'; gone();"
-    _, complaints = browse(with_script(page, script, tmp_path / "broken.html"))
-    assert "gone is not defined" in complaints
-    assert "Content Security Policy" in complaints
-
-
-@needs_browser
-def test_hover_shows_the_exact_value(
-    page: Path, browse: Callable[[Path], tuple[str, str]], tmp_path: Path, tables: list[str]
-) -> None:
-    script = """
-      const figure = document.querySelector("figure[id$='-rsi']");
-      const svg = figure.querySelector("svg");
-      const line = JSON.parse(figure.querySelector("script").textContent).lines[0];
-      figure.scrollIntoView();
-      const near = new DOMPoint(line.px[7] + 0.3, line.py[7] - 0.3);
-      const at = near.matrixTransform(svg.getScreenCTM());
-      svg.dispatchEvent(new PointerEvent("pointermove", { clientX: at.x, clientY: at.y }));
-      document.body.dataset.tip = figure.querySelector(".tip").innerText;
-      svg.dispatchEvent(new PointerEvent("pointerleave"));
-      document.body.dataset.after = figure.querySelector(".tip").hidden;
-    """
-    document, complaints = browse(with_script(page, script, tmp_path / "hover.html"))
-    assert complaints == ""
-    row = pq.read_table(tables[0]).slice(7, 1).to_pylist()[0]
-    tip = re.search(r'data-tip="([^"]*)"', document)
-    assert tip is not None
-    first, second = tip[1].split("\n")
-    assert first == f"step {row['step']} · epoch {row['epoch']:g}"
-    assert second == f"RSI⁻ minibatch: {row['rsi']:.6g}".replace("-", "−")
-    assert 'data-after="true"' in document
-
-
-@needs_browser
-def test_values_open_as_a_table_and_in_full_precision(
-    page: Path, browse: Callable[[Path], tuple[str, str]], tmp_path: Path, tables: list[str]
-) -> None:
-    script = """
-      const details = document.querySelector("figure[id$='-eb'] details");
-      details.addEventListener("toggle", () => {
-        document.body.dataset.rows = details.querySelectorAll("tbody tr").length;
-        document.body.dataset.csv = decodeURIComponent(details.querySelector("a").href);
-      });
-      details.open = true;
-    """
-    document, complaints = browse(with_script(page, script, tmp_path / "values.html"))
-    assert complaints == ""
-    found = re.search(r'data-csv="data:text/csv;charset=utf-8,([^"]*)"', document)
-    assert found is not None
-    lines = found[1].strip().split("\n")
-    assert lines[0] == "step,epoch,EB⁺ minibatch"
-    table = pq.read_table(tables[0]).filter(pa.compute.field("stream") == "minibatch")
-    assert 'data-rows="80"' in document
-    shown = [float(line.split(",")[2]) for line in lines[1:]]
-    assert shown == table["eb"].to_pylist()
-
-
 def test_page_needs_nothing_else(page: Path) -> None:
     text = page.read_text()
     addresses = set(re.findall(r'https?://[^"\s<\']+', text))
@@ -161,6 +57,7 @@ def test_page_says_what_it_must(page: Path) -> None:
     for words in (
         "end effect: here γ tends to its null whatever the landscape",
         "a step along −g starts out towards w*",
+        "before clipping where the clip factor is known",
         "Measured along one path it proves nothing",
         "Null: exact for SGD with heavy-ball momentum and no weight decay.",
         "runs/demo.zarr",
@@ -182,11 +79,14 @@ def test_a_hostile_name_is_harmless(tmp_path: Path) -> None:
     assert "&lt;script&gt;document" in text
 
 
-def test_several_runs_are_shown_together_and_alone(tmp_path: Path) -> None:
+def test_several_runs_are_shown_together_and_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = [
         save(simulate("a.zarr"), tmp_path / "a.parquet"),
         save(simulate("b.zarr", seed=1, total=300, null=False), tmp_path / "b.parquet"),
     ]
+    monkeypatch.setattr("analyze.page.draw_inline", lambda *_: Drawing("", {}))
     written = write_report(inputs, tmp_path / "page.html")
     headings = re.findall(r"<h2>(.*?)</h2>", written[0].read_text())
     assert headings == [
@@ -203,8 +103,7 @@ def test_several_runs_are_shown_together_and_alone(tmp_path: Path) -> None:
 def test_equal_rows_give_an_equal_page_and_count_once(
     tables: list[str], page: Path, tmp_path: Path
 ) -> None:
-    copy = tmp_path / "copy.parquet"
-    shutil.copy(tables[0], copy)
+    copy = shutil.copy(tables[0], tmp_path / "copy.parquet")
     write_report([*tables, str(copy)], tmp_path / "page.html")
     assert (tmp_path / "page.html").read_bytes() == page.read_bytes()
 
@@ -215,11 +114,11 @@ def test_a_run_is_measured_here_and_now(tmp_path: Path) -> None:
     text = (tmp_path / "page.html").read_text()
     assert "small, measured against final" in text
     assert 'aria-label="Upper error bound EB⁺"' in text
-    assert 'aria-label="γ by group of parameters, minibatch"' in text
+    assert 'aria-label="γ by layer, minibatch"' in text
 
 
 def test_figures_are_written_in_the_formats_asked_for(tables: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "new" / "page.html"
+    out = tmp_path / "page.html"
     written = write_report(
         tables[1:], out, figures_dir=tmp_path / "figures", formats=("pdf", "png"), width=6.75
     )
@@ -233,7 +132,7 @@ def test_figures_are_written_in_the_formats_asked_for(tables: list[str], tmp_pat
 
 @pytest.mark.parametrize("kind", ["missing", "text", "folder", "empty"])
 def test_wrong_input_is_one_line_and_leaves_nothing(kind: str, tmp_path: Path) -> None:
-    source, out = tmp_path / "input", tmp_path / "out" / "page.html"
+    source, out = tmp_path / "input", tmp_path / "page.html"
     if kind == "text":
         source.write_text("step,cosine\n")
     elif kind == "folder":
@@ -244,26 +143,139 @@ def test_wrong_input_is_one_line_and_leaves_nothing(kind: str, tmp_path: Path) -
         write_report([str(source)], out)
     assert str(source) in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not out.parent.exists()
+    assert not out.exists()
 
 
-@pytest.mark.parametrize("arguments", [{"formats": ("gif",)}, {"formats": ("png",)}])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"formats": ("gif",), "figures_dir": "figures"}, "'gif'"),
+        ({"formats": ("",), "figures_dir": "figures"}, "''"),
+        ({"formats": (), "figures_dir": "figures"}, "no figure format"),
+        ({"formats": ("png",)}, "need a folder"),
+        ({"formats": ("png",), "figures_dir": ""}, "no name"),
+        ({"width": float("nan")}, "nan inches"),
+        ({"width": float("inf")}, "inf inches"),
+        ({"width": 0.2}, "0.2 inches"),
+        ({"out": ""}, "no file is named"),
+        ({"out": "."}, "name a file"),
+        ({"out": "missing/page.html"}, "no such folder"),
+        ({"formats": ("svg",), "figures_dir": "file"}, "file"),
+    ],
+)
 def test_wrong_usage_leaves_nothing(
-    arguments: dict[str, tuple[str, ...]], tables: list[str], tmp_path: Path
+    options: dict[str, Any],
+    words: str,
+    tables: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(UsageError):
-        write_report(tables, tmp_path / "page.html", formats=arguments["formats"])
-    assert not list(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(UsageError, match=re.escape(words)):
+        write_report(tables, **{"out": "page.html", **options})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_inputs_and_runs_are_never_written_over(tables: list[str], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "small.zarr", (4,), random_streams(4))
+    table = Path(shutil.copy(tables[1], tmp_path / "t.parquet"))
+    (tmp_path / "link.html").symlink_to(table)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    page = tmp_path / "page.html"
+    for out, figures in (
+        (table, None),
+        (tmp_path / "link.html", None),
+        (run / "page.html", None),
+        (page, run),
+        (page, run / "new" / "figures"),
+    ):
+        with pytest.raises(UsageError):
+            write_report([str(table)], out, figures_dir=figures, formats=("svg",) * bool(figures))
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_a_figure_never_takes_the_place_of_an_input_or_the_page(
+    tables: list[str], tmp_path: Path
+) -> None:
+    table = Path(shutil.copy(tables[1], tmp_path / "demo-final-groups-minibatch.svg"))
+    before = table.read_bytes()
+    for source, out in ((str(table), tmp_path / "page.html"), (tables[1], table)):
+        with pytest.raises(UsageError):
+            write_report([source], out, figures_dir=tmp_path, formats=("svg",))
+    assert table.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [table]
 
 
 def test_a_place_that_cannot_be_written_leaves_nothing(tables: list[str], tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(WriteError) as caught:
-        write_report(
-            tables[1:], tmp_path / "page.html", figures_dir=tmp_path / "file", formats=("svg",)
-        )
-    assert "a part of the path is a file" in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    figures = tmp_path / ("x" * 300)
+    with pytest.raises(WriteError, match="path is too long"):
+        write_report(tables[1:], tmp_path / "a.html", figures_dir=figures, formats=("svg",))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"runs": {}},
+        {"runs": []},
+        {"runs": ["demo"]},
+        {"null": "none"},
+        {"null": {"runs/demo.zarr|final": 1}},
+        {"by": 3},
+        {"nan": []},
+        {"num_parameters": "many"},
+        {"final_step": [1]},
+        {"config": "digits"},
+        {"optimizer": ["SGD"]},
+    ],
+    ids=str,
+)
+def test_damaged_facts_are_refused_in_one_line(change: dict[str, Any], tmp_path: Path) -> None:
+    table = simulate(by_tensor=True)
+    facts = json.loads(table.schema.metadata[METADATA_KEY])
+    place = facts if facts.keys() >= change.keys() else facts["runs"][0]
+    place |= change
+    damaged = table.replace_schema_metadata({METADATA_KEY: json.dumps(facts)})
+    with pytest.raises(InputError) as caught:
+        write_report([save(damaged, tmp_path / "t.parquet")], tmp_path / "page.html")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_facts_fill_the_gaps_of_a_configuration() -> None:
+    entry: dict[str, Any] = {
+        "run": "mine.zarr",
+        "optimizer": {"name": "SGD"},
+        "git_commit": "0123456789ab" * 3,
+    }
+    entry |= {"momentum": np.array([[0.0, 0.9], [0.0, 0.9]]), "final_step": None}
+    facts = dict(run_facts(entry, "final", np.array([0.05, np.nan, 0.0005])))
+    assert facts["Optimizer"] == "SGD, momentum 0 to 0.9"
+    assert facts["Learning rate"] == "0.0005 to 0.05"
+    assert facts["Git commit"] == "0123456789ab"
+    entry |= {"config": {"momentum": 0, "lr": "auto", "width": [2], "seed": None}}
+    facts = dict(run_facts(entry, "final"))
+    assert (facts["Optimizer"], facts["Learning rate"]) == ("SGD", "auto")
+    assert dict(run_facts({}, "final", np.full(3, 0.05)))["Learning rate"] == "0.05"
+    assert "Learning rate" not in dict(run_facts({}, "final", np.full(3, np.nan)))
+
+
+def test_the_verdict_on_the_page_has_every_word_of_its_text() -> None:
+    text = verdict(simulate(streams=("minibatch", "updates")))
+    blocks = read_verdict(text)
+    assert [value for value, _ in blocks[0].head] == ["part", "n", "γ", "γ⁰", "γ/γ⁰", "γ < 0"]
+    assert list(blocks[0].streams) == ["minibatch", "updates"]
+    words: list[str] = []
+    for block in blocks:
+        rows = [block.head, *(row for rows in block.streams.values() for row in rows)]
+        words += [*block.heading, *block.notes, "stream" if block.head else ""]
+        words += [" ".join(cell) for row in rows for cell in row]
+        words += [name for name, rows in block.streams.items() for _ in rows]
+    assert sorted(" ".join(words).split()) == sorted(text.split())
+    long = read_verdict("run   w* = final\nγ⁰: one\n  two\nthree")
+    assert long[0].notes == ["γ⁰: one two", "three"]
 
 
 def test_the_rate_is_conditional_and_leaves_out_the_end() -> None:

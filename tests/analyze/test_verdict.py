@@ -130,3 +130,21 @@ def test_a_run_of_weights_alone_has_no_verdict(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run.zarr", {"weights": weights})
     text = verdict(measure_run(str(path))["model"])
     assert "no gradients or updates: see norm_dist in the table" in text
+    assert "γ" not in text
+
+
+def test_one_row_is_one_row() -> None:
+    cosine = np.full(91, 0.1)
+    cosine[3] = np.nan
+    text = verdict(table_of(cosine, 0.1, "exact"))
+    assert "t = 90 to 100 (1 row);" in text
+    assert "undefined: 1 row, left out" in text
+
+
+def test_a_long_reason_goes_on_in_the_next_line() -> None:
+    reason = "no null: " + "a word and then another " * 10 + "end"
+    text = verdict(table_of(np.full(100, 0.1), np.nan, reason))
+    first = next(n for n, line in enumerate(text.splitlines()) if line.startswith("γ⁰: no null"))
+    assert text.splitlines()[first + 1].startswith("  ")
+    assert max(map(len, text.splitlines())) <= 100
+    assert f"γ⁰: {reason}" in " ".join(text.split())

@@ -68,6 +68,22 @@ def test_help_lists_the_options_of_train_under_headings():
     assert options == keys | {"config", "out", "resume", "force"}
 
 
+@pytest.mark.parametrize("name", [*main.commands, None])
+def test_help_fits_a_terminal_of_80_columns(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = call(*([name] if name else []), "--help")
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+
+
+def test_help_says_what_the_arguments_are():
+    for name in ("info", "verify", "export"):
+        assert "RUN is the folder that" in call(name, "--help").stdout
+    assert "OUT the file to write" in " ".join(call("export", "--help").stdout.split())
+    shown = " ".join(call("train", "--help").stdout.split())
+    assert "out, resume and force are not in it" in shown
+    assert "starts it where there is none" in shown
+
+
 def test_train_prints_a_summary_and_the_next_command_on_stderr(run):
     done = call("train", "--task", "digits", "--max-steps", "3", "--out", "runs/a b.zarr")
     assert done.exit_code == 0
@@ -167,7 +183,10 @@ def test_export_writes_a_state_dict_that_loads_strictly(run):
         ("train --task digits --batch-size 2000 --out x.zarr", 2, "does not fit into 1437"),
         ("train --config none.toml --out x.zarr", 2, "none.toml"),
         ("train --task digits --out runs", 2, "neither empty nor a run"),
-        ("train --task digits --out runs/first.zarr", 2, "--resume"),
+        ("train --task digits --out runs/first.zarr", 2, "a run is already recorded here"),
+        ("train --task digits --max-steps 1000000000000 --out x.zarr", 2, "at most 1,000,000,000"),
+        ("plan --task digits --max-steps 1000000000000", 2, "at most 1,000,000,000"),
+        ("train --task digits --model :x --out x.zarr", 2, "write module:factory"),
         ("train --task digits --out runs/first.zarr --resume", 3, "epochs was 4 and is now 20"),
         ("info none.zarr", 3, "none.zarr"),
         ("verify none.zarr", 3, "none.zarr"),

@@ -92,6 +92,17 @@ def test_the_shorter_of_epochs_and_max_steps_ends_the_training(flags, total):
         ('gradients = "minibatch,minibatch"', "named twice: minibatch"),
         ('gradients = "fixed:10"', "no such gradient stream in this version: 'fixed:10'"),
         ("model_args = 3", "model_args must be a table, found 3"),
+        ("lr = inf", "lr must be finite: lr = inf"),
+        (f"lr = 1{'0' * 400}", "lr must be finite"),
+        ("weight_decay = inf", "weight_decay must be finite"),
+        ("width = inf", "width must be finite"),
+        ("width = 1001", "width must be at most 1000"),
+        (f"seed = {2**63}", "seed must be at most"),
+        ("threads = 4097", "threads must be at most 4096"),
+        ("workers = 1025", "workers must be at most 1024"),
+        (f"epochs = {2**41}", "epochs must be at most"),
+        ("[model_args]\nhidden = nan", "not JSON"),
+        ("[task_args]\nday = 2020-01-01", "not JSON"),
         ("lr = ", "this is not TOML"),
     ],
 )
@@ -170,11 +181,29 @@ def test_a_file_gives_the_rate_between_its_rows(tmp_path):
         ("step,lr\n1,0.1\n1,0.2\n", "line 3"),
         ("step,lr\n1,-0.1\n", "a rate of at least 0"),
         ("step,lr\n1,inf\n", "a rate of at least 0"),
+        ("step,lr\n1,0.1,7\n", "expected 2 columns: .*line 2"),
+        ("step,lr\n1\n", "expected 2 columns: .*line 2"),
+        (f"step,lr\n{10**30},0.1\n", "an ascending step"),
     ],
 )
 def test_a_wrong_learning_rate_file_is_refused(tmp_path, text, words):
     with pytest.raises(UsageError, match=words):
         rates(str(write(tmp_path / "lr.csv", text)))
+
+
+def test_a_learning_rate_file_may_begin_with_a_mark_but_not_be_binary(tmp_path):
+    marked = tmp_path / "marked.csv"
+    marked.write_text("step,lr\n0,0.5\n", encoding="utf-8-sig")
+    assert rates(str(marked))[0] == 0.5
+    for data in (b"\x80\x81\xff", b"step,lr\n0,\xff\n"):
+        (tmp_path / "binary.csv").write_bytes(data)
+        with pytest.raises(UsageError, match="the learning rate file cannot be read"):
+            rates(str(tmp_path / "binary.csv"))
+
+
+def test_no_streams_in_a_file_are_none(tmp_path):
+    file = write(tmp_path / "run.toml", 'task = "digits"\ngradients = []\n')
+    assert read_config(file).gradients == "none"
 
 
 @pytest.mark.parametrize(

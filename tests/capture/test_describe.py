@@ -237,3 +237,24 @@ def test_groups_that_disagree() -> None:
     assert optimizer_facts(groups(nesterov=True))["kind"] == "other"
     with pytest.raises(UnsupportedModelError, match="some parameter groups maximize"):
         optimizer_facts(groups(maximize=True))
+
+
+def test_sgd_that_is_no_one_sgd_says_why() -> None:
+    one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    groups = [{"params": one.parameters()}, {"params": other.parameters(), "nesterov": True}]
+    facts = optimizer_facts(optim.SGD(groups, lr=0.1, momentum=0.9))
+    assert facts["kind"] == "other"
+    assert facts["no_null_reason"] == "its parameter groups differ in nesterov"
+    assert "no_null_reason" not in optimizer_facts(optim.SGD(one.parameters(), lr=0.1))
+    assert "no_null_reason" not in optimizer_facts(optim.Adam(one.parameters()))
+
+
+def test_devices_other_than_cpu_and_cuda_are_refused_by_name() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        model = nn.ParameterDict({"weight": torch.empty(2, device="xpu")})
+        with pytest.raises(
+            UnsupportedModelError, match=r"on the device xpu.*'weight'.*cpu or cuda"
+        ):
+            described(model)

@@ -75,6 +75,12 @@ def test_a_model_from_any_module_gets_only_the_arguments_that_it_names():
         ("resnet", {"model_args": {"depth": 7}}, "known are 8, 18"),
         ("resnet", {"model_args": {"stem": "tiny"}}, "known are small, large"),
         ("torch.nn:Linear", {"width": 2.0}, "has no width"),
+        ("mlp", {"model_args": {"hidden": "x"}}, "hidden must be a whole number of at least 1"),
+        ("mlp", {"model_args": {"hidden": -1}}, "hidden must be a whole number of at least 1: -1"),
+        ("mlp", {"model_args": {"hidden": float("nan")}}, "hidden must be a whole number"),
+        ("mlp", {"width": 1e-9}, "hidden * width, rounded, must be a whole number of at least 1"),
+        ("resnet", {"model_args": {"channels": 0}}, "channels must be a whole number"),
+        ("resnet", {"model_args": {"depth": [8]}}, "depth must be a whole number"),
     ],
 )
 def test_a_model_that_cannot_be_made_says_why(name, arguments, words):

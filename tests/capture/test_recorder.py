@@ -227,7 +227,7 @@ def test_odd_tensors_come_back_bit_equal(tmp_path: Path) -> None:
     assert run.attributes["gradient_missing"] == {"unused": 3}
     assert not load_file(shard(run, "minibatch", 2))["unused"].any()
     assert recorder.complete
-    verify_run(run.path)
+    assert verify_run(run.path).sound
 
 
 def test_schedules_by_epoch_and_by_stream(tmp_path: Path) -> None:
@@ -266,12 +266,76 @@ def test_weights_only(tmp_path: Path) -> None:
     assert recorder.held_seconds > 0
 
 
-def test_log_refuses_what_is_no_scalar_of_the_loop(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("grad_norm", 1.0, "the recorder itself logs this scalar: grad_norm"),
+        ("loss", torch.zeros(2), "a loop can log: loss"),
+        ("loss", torch.zeros((), dtype=torch.complex64), "a loop can log: loss"),
+        ("loss", "0.5", "a loop can log: loss"),
+        ("loss", None, "a loop can log: loss"),
+        ("a/b", 1.0, "not a name for a scalar: 'a/b'"),
+        (".hidden", 1.0, "not a name for a scalar"),
+        ("", 1.0, "not a name for a scalar"),
+        ("zarr.json", 1.0, "not a name for a scalar"),
+        ("x" * 101, 1.0, "at most 100"),
+    ],
+)
+def test_log_refuses_what_is_no_scalar_of_the_loop(
+    tmp_path: Path, name: str, value: object, words: str
+) -> None:
     model = small_model()
     recorder = Recorder(tmp_path / "run.zarr", model, momentum(model))
-    with pytest.raises(UsageError, match="a loop can log: grad_norm"):
-        recorder.log(grad_norm=1.0)
-    with pytest.raises(UsageError, match="a loop can log: loss"):
-        recorder.log(loss=torch.zeros(2))
+    recorder.log(**{"x" * 100: np.float32(1), "count": 3, "loss": torch.zeros(1)})
+    with pytest.raises(UsageError, match=words):
+        recorder.log(**{name: value})
     with pytest.warns(UserWarning, match="made no step"):
+        recorder.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"attributes": {"optimizer": {}}}, r"sets by itself: attributes\['optimizer'\]"),
+        ({"attributes": {"digests": {}}}, "sets by itself"),
+        ({"attributes": {"seeds": {"seed": float("nan")}}}, "not JSON"),
+        ({"attributes": {"device": torch.device("cpu")}}, "not JSON"),
+        ({"attributes": {"config": 3}}, "must be a table"),
+        ({"steps_per_epoch": 0}, "steps_per_epoch must be a whole number of at least 1: 0"),
+        ({"steps_per_epoch": 2.5}, "steps_per_epoch must be a whole number"),
+        ({"total_steps": -1}, "total_steps must be a whole number of at least 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be a whole number of at least 1"),
+        ({"checkpoint_every": True}, "checkpoint_every must be a whole number"),
+        ({"clipped": True}, r"clipped must be None or False: True; clip by recorder\.clip_grad"),
+        ({"every": "log:50"}, r"needs the length of the run.*give Recorder\(…, total_steps=N\)"),
+        ({"state": {"scheduler": 3}}, "an? int has no state_dict"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_there_is_a_folder(
+    tmp_path: Path, options: dict[str, object], words: str
+) -> None:
+    model = small_model()
+    with pytest.raises(UsageError, match=words):
+        Recorder(tmp_path / "run.zarr", model, momentum(model), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_attributes_of_the_user_are_kept_and_no_gradients_are_none(tmp_path: Path) -> None:
+    model = small_model()
+    optimizer = momentum(model)
+    given = {"config": {"lr": 0.1}, "note": ["ä", 1, None]}
+    path = tmp_path / "run.zarr"
+    with Recorder(path, model, optimizer, gradients=None, attributes=given) as recorder:
+        train(recorder, model, optimizer)
+    run = open_run(path)
+    assert run.attributes.items() >= given.items()
+    assert run.stream_names == ["weights"]
+
+
+def test_a_schedule_by_epoch_that_sees_no_epoch_is_told(tmp_path: Path) -> None:
+    model = small_model()
+    optimizer = momentum(model)
+    recorder = Recorder(tmp_path / "run.zarr", model, optimizer, every="epoch")
+    train(recorder, model, optimizer)
+    with pytest.warns(UserWarning, match=r"saw no epoch begin.*steps_per_epoch=N"):
         recorder.close()

@@ -195,7 +195,7 @@ def test_a_full_disk_reaches_the_loop_within_the_next_steps(
     run = open_run(path)
     assert run.status == "recording"
     assert run.stream("weights").steps.tolist() == [0, 1, 2]
-    verify_run(path)
+    assert verify_run(path).sound
 
 
 def test_a_disk_that_fills_up_at_the_very_end_is_no_success(tmp_path: Path) -> None:
@@ -206,3 +206,15 @@ def test_a_disk_that_fills_up_at_the_very_end_is_no_success(tmp_path: Path) -> N
         recorder.close()
     assert not recorder.complete
     assert open_run(tmp_path / "run.zarr").status == "recording"
+
+
+def test_a_run_that_holds_nothing_yet_does_not_block_the_corrected_loop(tmp_path: Path) -> None:
+    path = tmp_path / "run.zarr"
+    model = small_model()
+    optimizer = momentum(model)
+    with pytest.raises(RuntimeError, match="shapes"), Recorder(path, model, optimizer):
+        model(torch.randn(8, 6))
+    assert not path.exists()
+    with Recorder(path, model, optimizer):
+        train(model, optimizer)
+    assert open_run(path).complete

@@ -101,7 +101,7 @@ def test_resumed_runs_are_the_same_files(
     recorder = run_loop(path, resume=True, seed=99)
     assert (recorder.step, recorder.complete) == (TOTAL, True)
     assert_equal_runs(path, uninterrupted)
-    verify_run(path)
+    assert verify_run(path).sound
 
 
 def test_comparison_of_runs_can_fail(tmp_path: Path, uninterrupted: Path) -> None:
@@ -205,3 +205,115 @@ def test_a_second_recorder_on_the_same_run_is_refused(tmp_path: Path) -> None:
     optimizer.step()
     recorder.close()
     assert open_run(path).final_step == 1
+
+
+@pytest.mark.parametrize("stops", [(6,), (5, 11)])
+def test_schedulers_are_part_of_automatic_states(tmp_path: Path, stops: tuple[int, ...]) -> None:
+    """Stopped by an exception and resumed, with no word of the scheduler in the loop."""
+
+    def run(path: Path, stop_after: int | None, seed: int, resume: bool) -> None:
+        model, optimizer, _ = make(seed)
+        scheduler = optim.lr_scheduler.CosineAnnealingLR(optimizer, TOTAL)
+        options: dict[str, Any] = {"every": EVERY, "checkpoint_every": 4, "resume": resume}
+        state = {"scheduler": scheduler}
+        with Recorder(path, model, optimizer, state=state, **options) as recorder:
+            while recorder.step < TOTAL:
+                x = torch.randn(8, 5) + float(np.random.rand()) + random.random()
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+                scheduler.step()
+                if recorder.step == stop_after:
+                    raise Stopped
+
+    run(tmp_path / "whole.zarr", None, 0, False)
+    path = tmp_path / "run.zarr"
+    for number, stop in enumerate(stops):
+        with pytest.raises(Stopped):
+            run(path, stop, number, number > 0)
+    run(path, None, 99, True)
+    assert_equal_runs(path, tmp_path / "whole.zarr")
+    rates = 0.05 * (1 + np.cos(np.pi * np.arange(TOTAL) / TOTAL))
+    # torch computes the cosine step by step, in float64.
+    assert open_run(path).scalar("lr") == pytest.approx(rates, rel=1e-12)
+
+
+def test_a_state_of_other_names_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.zarr"
+    model, optimizer, scheduler = make()
+    recorder = Recorder(path, model, optimizer, state={"scheduler": scheduler})
+    optimizer.step()
+    recorder.checkpoint()
+    with pytest.raises(Stopped), recorder:
+        raise Stopped
+    with pytest.raises(MismatchError, match=r"holds the state of scheduler, .* no such objects"):
+        Recorder(path, model, optimizer, resume=True)
+    with Recorder(path, model, optimizer, state={"scheduler": scheduler}, resume=True) as again:
+        assert again.step == 1
+
+
+def test_unfinished_runs_tell_of_missing_gradients(tmp_path: Path) -> None:
+    model, optimizer, _ = make()
+    path = tmp_path / "run.zarr"
+    recorder = Recorder(path, model, optimizer)
+    for _ in range(3):
+        model(torch.ones(8, 5)).sum().backward()
+        optimizer.step()
+        if recorder.step == 2:
+            recorder.checkpoint()
+            assert open_run(path).attributes["gradient_missing"] == {"unused": 2}
+    with pytest.raises(Stopped), recorder:
+        raise Stopped
+    assert open_run(path).attributes["gradient_missing"] == {"unused": 3}
+
+
+def test_another_length_of_a_log_schedule_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.zarr"
+    model, optimizer, _ = make()
+    recorder = Recorder(path, model, optimizer, every="log:5", total_steps=50)
+    optimizer.step()
+    with pytest.raises(Stopped), recorder:
+        raise Stopped
+    with pytest.raises(MismatchError, match="the run has total_steps 50, this recorder 60"):
+        Recorder(path, model, optimizer, every="log:5", total_steps=60, resume=True)
+
+
+def test_resuming_is_refused_to_several_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    model, optimizer, _ = make()
+    with pytest.raises(UsageError, match=r"cannot resume a training of several ranks.*0 of 2"):
+        Recorder(tmp_path / "run.zarr", model, optimizer, resume=True)
+    assert not (tmp_path / "run.zarr").exists()
+    with Recorder(tmp_path / "run.zarr", model, optimizer):
+        optimizer.step()
+    assert open_run(tmp_path / "run.zarr").complete
+
+
+def test_a_grad_scaler_is_part_of_automatic_states(tmp_path: Path) -> None:
+    """It grows after every second step, so that a scale taken one step too early would show."""
+
+    def run(path: Path, stop_after: int | None, resume: bool) -> None:
+        model, optimizer, _ = make()
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        options: dict[str, Any] = {"every": EVERY, "checkpoint_every": 2, "resume": resume}
+        with Recorder(path, model, optimizer, state={"scaler": scaler}, **options) as recorder:
+            while recorder.step < 7:
+                optimizer.zero_grad()
+                scaler.scale(model(torch.randn(8, 5)).square().mean()).backward()
+                recorder.log(scale=scaler.get_scale())
+                scaler.step(optimizer)
+                scaler.update()
+                if recorder.step == stop_after:
+                    raise Stopped
+
+    run(tmp_path / "whole.zarr", None, False)
+    with pytest.raises(Stopped):
+        run(tmp_path / "run.zarr", 5, False)
+    run(tmp_path / "run.zarr", None, True)
+    assert_equal_runs(tmp_path / "run.zarr", tmp_path / "whole.zarr")
+    scales = open_run(tmp_path / "run.zarr").scalar("scale").tolist()
+    assert scales == [8, 8, 16, 16, 32, 32, 64]

@@ -87,3 +87,17 @@ def test_a_schedule_that_is_none_says_why_and_shows_the_forms(text, words):
 def test_log_spacing_needs_the_length_of_the_run():
     with pytest.raises(UsageError, match="total_steps"):
         parse_schedule("log:50")
+
+
+@pytest.mark.parametrize("text", ["3", "epoch", "bursts:7:1,2,5", "log:9+epoch", "every:4+11"])
+def test_masks_in_pieces_are_the_whole_mask(text):
+    schedule = parse_schedule(text, total_steps=40, steps_per_epoch=6)
+    due = [schedule.due(step) for step in range(40)]
+    assert schedule.mask(40).tolist() == due
+    for start, stop in [(0, 1), (1, 40), (5, 13), (12, 40), (39, 40)]:
+        assert schedule.mask(stop, start).tolist() == due[start:stop]
+
+
+def test_too_many_listed_steps_are_refused():
+    with pytest.raises(UsageError, match="at most 1,000,000 steps"):
+        parse_schedule("log:1000001", total_steps=10**9)

@@ -22,6 +22,7 @@ from capture.config import TrainConfig, read_config
 from capture.interruption import Interrupted
 from capture.models import build_model
 from capture.store import MismatchError, UsageError, WriteError, open_run
+from capture.store.layout import ATTRIBUTES_CHECKSUM
 from capture.tasks import build_task
 from capture.train import deterministic, evaluate, prepare, train
 
@@ -102,7 +103,9 @@ def files_of(run: Path) -> dict[str, bytes]:
             found[str(path.relative_to(run))] = path.read_bytes()
     # The number of loading processes is free to differ.
     root = json.loads(found["zarr.json"])
-    root["attributes"]["straightway"]["config"]["workers"] = None
+    entries = root["attributes"]["straightway"]
+    entries["config"]["workers"] = None
+    assert len(entries.pop(ATTRIBUTES_CHECKSUM)) == 8
     return {**found, "zarr.json": json.dumps(root).encode()}
 
 
@@ -200,6 +203,7 @@ def interrupt(run: Path, signum: int, *arguments: str) -> int:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 120
     # Between the second resume state and the end.
@@ -207,9 +211,13 @@ def interrupt(run: Path, signum: int, *arguments: str) -> int:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signum)
+    if signum == signal.SIGINT:
+        # As Ctrl-C in a terminal: the processes that load data get it too.
+        os.killpg(process.pid, signum)
+    else:
+        process.send_signal(signum)
     _, errors = process.communicate(timeout=60)
-    if signum == signal.SIGTERM:
+    if signum != signal.SIGKILL:
         assert "error: interrupted after step" in errors
         assert "--resume" in errors
         assert "Traceback" not in errors
@@ -218,8 +226,12 @@ def interrupt(run: Path, signum: int, *arguments: str) -> int:
 
 @pytest.mark.parametrize(
     ("signum", "code", "arguments"),
-    [(signal.SIGTERM, 143, ["--workers=2"]), (signal.SIGKILL, -signal.SIGKILL, [])],
-    ids=["SIGTERM", "SIGKILL"],
+    [
+        (signal.SIGINT, 130, ["--workers=2"]),
+        (signal.SIGTERM, 143, []),
+        (signal.SIGKILL, -signal.SIGKILL, []),
+    ],
+    ids=["SIGINT", "SIGTERM", "SIGKILL"],
 )
 def test_a_stopped_and_resumed_run_is_the_same_files(
     folder, uninterrupted, signum, code, arguments
@@ -297,7 +309,7 @@ def test_resuming_with_a_changed_learning_rate_file_is_refused(folder):
 
 def test_a_path_that_is_taken_is_refused(folder):
     train(quick(), folder / "taken.zarr")
-    with pytest.raises(UsageError, match="--resume"):
+    with pytest.raises(UsageError, match="a run is already recorded here"):
         train(quick(), folder / "taken.zarr")
     with pytest.raises(UsageError, match="neither empty nor a run"):
         train(quick(), folder)
@@ -310,6 +322,24 @@ def test_a_loss_that_is_nan_is_recorded_and_told_once(folder, capsys):
     assert np.isfinite(run.scalar("loss")[0])
     assert np.isnan(run.scalar("loss")[-1])
     assert capsys.readouterr().err.count("warning: the loss is") == 1
+
+
+def test_another_number_of_threads_is_told_when_resuming(folder, caplog):
+    import noisy_module
+
+    watched = noisy_module.Watched
+    watched.calls, watched.at = 0, 3
+    watched.action = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    config = quick(task="noisy_module:watched", threads=None)
+    with pytest.raises(Interrupted):
+        train(config, folder / "threads.zarr")
+    now = torch.get_num_threads()
+    try:
+        torch.set_num_threads(now + 1)
+        train(config, folder / "threads.zarr", resume=True)
+    finally:
+        torch.set_num_threads(now)
+    assert f"began with {now} threads of torch and goes on with {now + 1}" in caplog.text
 
 
 def test_a_disk_that_is_too_small_is_refused_unless_forced(folder, monkeypatch):
