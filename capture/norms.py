@@ -74,35 +74,46 @@ class Norms:
 
 
 class WeightsCopy:
-    """A copy of w_t on its own device, made before update t to tell afterwards what it did.
+    """w_t as it was before update t, to tell afterwards what the update did.
 
-    Kept in `dtype`, the precision in which the run is stored.
+    A copy on the weights' own device, in `dtype`, the precision in which the run is stored; or,
+    where w_t was staged on the host anyway, what was staged.
     """
 
     def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
         self._norms = Norms(dtype)
         # Touched now, so that no page fault holds the first step.
         self._copies = [torch.zeros_like(parameter, dtype=dtype) for parameter in parameters]
+        self._kept: Sequence[Tensor] = self._copies
 
     def keep(self, parameters: Sequence[Tensor]) -> None:
         """Copy w_t."""
+        self._kept = self._copies
         if any(parameter.is_cuda for parameter in parameters):
             torch._foreach_copy_(self._copies, list(parameters))
             return
         for copy, parameter in zip(self._copies, parameters, strict=True):
             copy_on_host(copy, parameter)
 
+    def borrow(self, staged: Sequence[Tensor]) -> None:
+        """Take w_t from where it was staged; it must stay there until the update was measured."""
+        self._kept = staged
+
+    def updates(self, parameters: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """Compute ``w_{t+1} - w_t`` by tensor into `out`, on the weights' own device."""
+        for new, old, change in zip(parameters, self._kept, out, strict=True):
+            torch.sub(new, old, out=change)
+
     def take_updates(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Turn the copy of w_t into ``w_{t+1} - w_t``, in place, and return it by tensor."""
-        for new, old in zip(parameters, self._copies, strict=True):
-            torch.sub(new, old, out=old)
+        self.updates(parameters, self._copies)
         return self._copies
 
     def update_norms(self, parameters: Sequence[Tensor]) -> NDArray[np.float64]:
         """Compute ``‖w_{t+1} - w_t‖`` by tensor, float64 ``[P]``; w_t may be lost over it."""
         if any(parameter.is_cuda for parameter in parameters):
             return self._norms.of(self.take_updates(parameters))
-        return self._norms.of_differences(parameters, self._copies)
+        return self._norms.of_differences(parameters, self._kept)
 
 
 def _flat(tensor: Tensor, in_memory_order: bool) -> NDArray[Any]:

@@ -72,6 +72,7 @@ class Snapshots:
         self._weights = WeightsCopy(seen.parameters, dtype)
         self._copies = HostCopies(seen.table)
         self._staged: dict[str, Staging] = {}
+        self._on_host = all(p.device.type == "cpu" for p in seen.parameters)
 
     def begin(self, update: Update) -> None:
         """Take w_t, the gradient at w_t, and the optimizer's settings; called before update t."""
@@ -82,7 +83,6 @@ class Snapshots:
         update.missing = [name for name, gradient in named if gradient is None]
         grad_norms = self._norms.of(gradients) / (update.scale or 1.0)
         update.scalars = {**self._settings(update), **_by_tensor("grad_norm", grad_norms)}
-        self._weights.keep(self._seen.parameters)
         update.streams = self._due(update)
         with self._holding():
             for stream in update.streams:
@@ -91,13 +91,16 @@ class Snapshots:
                     self._copy_weights(staging)
                 elif stream == MINIBATCH:
                     self._copies.copy_parameters(staging, gradients, update.scale)
+        if update.streams and self._on_host:
+            self._weights.borrow(self._copies.views_of(self._staged[WEIGHTS]))
+        else:
+            self._weights.keep(self._seen.parameters)
 
     def end(self, update: Update, logged: Mapping[str, float]) -> None:
         """Take what the update did, and hand everything to the writer thread."""
         if UPDATES in update.streams:
-            changes = self._weights.take_updates(self._seen.parameters)
             with self._holding():
-                self._copies.copy_parameters(self._staged[UPDATES], changes)
+                changes = self._copy_updates(self._staged[UPDATES])
             update_norms = self._norms.of(changes)
         else:
             update_norms = self._weights.update_norms(self._seen.parameters)
@@ -166,6 +169,16 @@ class Snapshots:
         if stream not in self._staged:
             self._staged[stream] = self.queue.acquire(stream)
         return self._staged[stream]
+
+    def _copy_updates(self, staging: Staging) -> Sequence[torch.Tensor]:
+        """Stage ``w_{t+1} - w_t``; return it by tensor."""
+        if self._on_host:
+            views = self._copies.views_of(staging)
+            self._weights.updates(self._seen.parameters, views)
+            return views
+        changes = self._weights.take_updates(self._seen.parameters)
+        self._copies.copy_parameters(staging, changes)
+        return changes
 
     def _copy_weights(self, staging: Staging) -> None:
         self._copies.copy_parameters(staging, self._seen.parameters)

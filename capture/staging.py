@@ -32,7 +32,7 @@ class HostCopies:
 
         `scale` divides the values: what a `GradScaler` multiplied the gradients with.
         """
-        views = self._views_of(staging, any(t is not None and t.is_cuda for t in tensors))
+        views = self.views_of(staging, any(t is not None and t.is_cuda for t in tensors))
         pairs = zip(views, tensors, strict=True)
         self._copy([(view, tensor) for view, tensor in pairs if tensor is not None])
         for view, tensor in zip(views, tensors, strict=True):
@@ -76,7 +76,7 @@ class HostCopies:
             # The update may not overwrite what is still being copied.
             self._streams[device].synchronize()
 
-    def _views_of(self, staging: Staging, pinned: bool) -> list[Tensor]:
+    def views_of(self, staging: Staging, pinned: bool = False) -> list[Tensor]:
         """View `staging.parameters` as one host tensor per trainable tensor."""
         if id(staging) not in self._views:
             flat = torch.from_numpy(staging.parameters)

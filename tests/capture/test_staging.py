@@ -35,7 +35,7 @@ def test_buffers_are_pinned_where_the_system_allows_it_and_given_back(
     staging = Staging(ShardLayout("weights", table))
     copies = HostCopies(table)
     for _ in range(2):
-        (view,) = copies._views_of(staging, pinned=True)
+        (view,) = copies.views_of(staging, pinned=True)
     view.copy_(torch.arange(5.0))
     assert np.array_equal(staging.parameters, np.arange(5, dtype=np.float32))
     assert runtime.registered == [staging.parameters.ctypes.data]
