@@ -1,5 +1,6 @@
 """The page in a real browser: nothing fails, nothing is loaded, and what it shows is right."""
 
+import html
 import re
 import shutil
 import subprocess
@@ -65,6 +66,12 @@ VERDICT = """
     .map((th) => th.firstChild.textContent.trim()).join(";");
 """
 
+# A browser's window cannot be as narrow as a phone; a frame can, and sends what became of it.
+SEND = "setTimeout(() => parent.postMessage(document.documentElement.outerHTML, '*'), 500);"
+FRAME = """<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,"><body><script>
+  onmessage = (event) => { document.body.textContent = event.data; };
+</script><iframe src="page.html" style="width: {width}px; height: 900px; border: 0"></iframe>"""
+
 Browse = Callable[..., tuple[str, str]]
 
 
@@ -74,18 +81,20 @@ def browse(tmp_path_factory: pytest.TempPathFactory) -> Browse:
     folder = tmp_path_factory.mktemp("browser")
 
     def run(page: Path, *scripts: str, width: int = 1200) -> tuple[str, str]:
-        added = "".join(f"<script>{{{script}}}</script>" for script in (COMMON, *scripts))
-        changed = folder / "page.html"
-        changed.write_text(page.read_text().replace("</body>", f"{added}</body>"))
-        command = [str(CHROMIUM), *QUIET, f"--window-size={width},900", "--dump-dom"]
+        added = "".join(f"<script>{{{script}}}</script>" for script in (COMMON, *scripts, SEND))
+        (folder / "page.html").write_text(page.read_text().replace("</body>", f"{added}</body>"))
+        frame = folder / "frame.html"
+        frame.write_text(FRAME.replace("{width}", str(width)))
+        command = [str(CHROMIUM), *QUIET, f"--window-size={width + 100},1000", "--dump-dom"]
         done = subprocess.run(
-            [*command, f"--user-data-dir={folder / 'profile'}", changed.as_uri()],
+            [*command, f"--user-data-dir={folder / 'profile'}", frame.as_uri()],
             capture_output=True,
             text=True,
             timeout=60,
             check=True,
         )
-        return done.stdout, "\n".join(x for x in done.stderr.splitlines() if "CONSOLE" in x)
+        complaints = "\n".join(x for x in done.stderr.splitlines() if "CONSOLE" in x)
+        return html.unescape(done.stdout), complaints
 
     return run
 
