@@ -108,7 +108,7 @@ def compute(
 @click.option("--format", "formats", help="Of these files: png, svg, pdf or several. Default: pdf.")
 @click.option(
     "--width",
-    type=click.FloatRange(1, 20),
+    type=click.FloatRange(1.5, 20),
     default=3.25,
     help="Of these files, in inches: 3.25 for one column of a paper, 6.75 for two. Default: 3.25.",
 )
@@ -120,8 +120,6 @@ def report(
     The page needs no network. A TABLE is what `analyze compute` wrote; a RUN is measured against
     final.
     """
-    from pathlib import Path
-
     from analyze.report import write_report
     from capture.store.errors import UsageError
     from capture.store.target import check_target
@@ -129,9 +127,8 @@ def report(
     if formats is not None and figures is None:
         raise UsageError("--format is for files of figures", fix="say where with --figures DIR")
     check_target(out, inputs)
-    chosen = (formats or "pdf").split(",") if figures is not None else []
-    folder = None if figures is None else Path(figures)
-    written = write_report(inputs, Path(out), figures_dir=folder, formats=chosen, width=width)
+    chosen = [] if figures is None else ("pdf" if formats is None else formats).split(",")
+    written = write_report(inputs, out, figures_dir=figures, formats=chosen, width=width)
     for path in written:
         click.echo(str(path), err=True)
 

@@ -104,6 +104,24 @@ def test_report_writes_figures_on_request(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--figures", ""), "no name"),
+        (("--figures", "figures", "--format", ""), "unknown figure format"),
+        (("--figures", "figures", "--width", "nan"), "nan inches"),
+    ],
+)
+def test_report_refuses_figures_that_cannot_be(
+    folder: Path, options: tuple[str, ...], words: str
+) -> None:
+    done = analyze("report", "runs/first.zarr", "--out", "refused.html", *options)
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert not Path("refused.html").exists()
+    assert not Path("figures").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (["runs/first.zarr", "--reference", "step:99"], 3, "99"),
