@@ -19,7 +19,7 @@ help: ## list what make can do
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
 demo: $(VENV)/.all ## train on real data, measure the run, write runs/demo/report.html (a few minutes)
-	rm -rf $(DEMO)/run.zarr $(DEMO)/run.moments
+	rm -rf $(DEMO)/run.zarr
 	$(BIN)/capture train --config pipelines/demo/demo.toml --out $(DEMO)/run.zarr
 	$(BIN)/analyze compute $(DEMO)/run.zarr --out $(DEMO)/table.parquet
 	$(BIN)/analyze report $(DEMO)/run.zarr --out $(DEMO)/report.html

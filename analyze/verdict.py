@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from analyze.quantities import SIGN, Values, ratio
-from analyze.references import end_of_path as end_of_path
+from analyze.references import end_of_path
 from analyze.tables import read_metadata
 
 # The last part of the way to w*, where γ tends to its null whatever the landscape.

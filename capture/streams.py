@@ -17,10 +17,9 @@ STREAMS = {
 
 @dataclass(frozen=True)
 class StreamRequest:
-    """One stream: its name, and its own number of batches and schedule where given."""
+    """One stream: its name, and its own schedule where given."""
 
     name: str
-    count: int | None = None
     schedule: str | None = None
 
 
@@ -66,4 +65,4 @@ def _parse_stream(text: str) -> StreamRequest:
     if at:
         # Parsed here so that a wrong one is told at once; total_steps matters for log:N alone.
         parse_schedule(schedule, total_steps=1)
-    return StreamRequest(name, None, schedule if at else None)
+    return StreamRequest(name, schedule if at else None)

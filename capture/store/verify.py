@@ -37,17 +37,14 @@ class Verification:
         return not self.problems
 
 
-def verify_run(
-    path: str | os.PathLike[str], progress: Callable[[int], None] | None = None
-) -> Verification:
+def verify_run(path: str | os.PathLike[str]) -> Verification:
     """Read every committed byte of a run and compare it with its checksum.
 
-    `progress` is called with the number of bytes read after each shard. Raises `NotARunError`
-    or `DamagedError` only where the run cannot be opened at all.
+    Raises `NotARunError` or `DamagedError` only where the run cannot be opened at all.
     """
     run = open_run(path)
     found = Verification()
-    for check in _checks(run, found, progress):
+    for check in _checks(run, found):
         try:
             check()
         except InputError as error:
@@ -55,9 +52,7 @@ def verify_run(
     return found
 
 
-def _checks(
-    run: Run, found: Verification, progress: Callable[[int], None] | None
-) -> Iterator[Callable[[], object]]:
+def _checks(run: Run, found: Verification) -> Iterator[Callable[[], object]]:
     """Yield everything there is to check, each as a call of its own."""
     streams: dict[str, Stream] = {}
     # The weights last: in a run that is being recorded, those of every gradient are there by now.
@@ -69,7 +64,7 @@ def _checks(
     weights = streams.get(WEIGHTS)
     for stream in reversed(streams.values()):
         for commit in stream.commits:
-            yield partial(_check_shard, stream, commit, found, progress)
+            yield partial(_check_shard, stream, commit, found)
         yield partial(_check_coordinates, run, stream)
         yield partial(_check_with_zarr, run, stream)
         if weights is not None:
@@ -82,9 +77,7 @@ def _checks(
         yield partial(read_frozen, run)
 
 
-def _check_shard(
-    stream: Stream, commit: Commit, found: Verification, progress: Callable[[int], None] | None
-) -> None:
+def _check_shard(stream: Stream, commit: Commit, found: Verification) -> None:
     found.shards += 1
     layout = ShardLayout(stream.name, stream.run.table, stream.batches)
     with stream.open(commit.row, commit.batch) as shard:
@@ -99,8 +92,6 @@ def _check_shard(
             where=shard.path,
             fix=RESTORE,
         )
-    if progress is not None:
-        progress(commit.size)
 
 
 def _check_coordinates(run: Run, stream: Stream) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analyze.compute import Moments
-from capture.store import RunWriter, Tensor, TensorTable
+from analyze.references import Reference
+from capture.store import Run, RunWriter, Tensor, TensorTable
 
 Values = NDArray[Any]
 
@@ -81,3 +82,13 @@ def flip(path: Path, position: int) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(data)
+
+
+def coordinates(reference: Reference, run: Run) -> NDArray[Any]:
+    """All coordinates of a reference, put together from its chunks."""
+    bound = reference.bind(run)
+    grid = run.stream("weights").grid
+    assert grid.num_chunks > 3
+    parts = [bound.chunk(chunk).copy() for chunk in range(grid.num_chunks)]
+    bound.close()
+    return np.concatenate(parts)

@@ -5,17 +5,14 @@ import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from analyze.references import (
     FileReference,
     FinalReference,
     MeanReference,
-    Reference,
     RunReference,
     StepReference,
     end_of_path,
@@ -32,7 +29,7 @@ from capture.store import (
     layout,
     open_run,
 )
-from tests.analyze.small_runs import random_streams, write_run
+from tests.analyze.small_runs import coordinates, random_streams, write_run
 
 SIZES = (60, 1, 0, 200, 39)
 SIZE = sum(SIZES)
@@ -51,16 +48,6 @@ def small_chunks() -> Iterator[None]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     path = tmp_path_factory.mktemp("references") / "run.zarr"
     return open_run(write_run(path, SIZES, {"weights": WEIGHTS}))
-
-
-def coordinates(reference: Reference, run: Run) -> NDArray[Any]:
-    """All coordinates of a reference, put together from its chunks."""
-    bound = reference.bind(run)
-    grid = run.stream("weights").grid
-    assert grid.num_chunks > 3
-    parts = [bound.chunk(chunk).copy() for chunk in range(grid.num_chunks)]
-    bound.close()
-    return np.concatenate(parts)
 
 
 def test_every_form_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

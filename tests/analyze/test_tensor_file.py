@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from analyze.references import (
-    Reference,
     parse_reference,
 )
 from capture.store import (
@@ -27,7 +26,7 @@ from capture.store import (
     layout,
     open_run,
 )
-from tests.analyze.small_runs import random_streams, write_run
+from tests.analyze.small_runs import coordinates, random_streams, write_run
 
 SIZES = (60, 1, 0, 200, 39)
 SIZE = sum(SIZES)
@@ -46,16 +45,6 @@ def small_chunks() -> Iterator[None]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     path = tmp_path_factory.mktemp("references") / "run.zarr"
     return open_run(write_run(path, SIZES, {"weights": WEIGHTS}))
-
-
-def coordinates(reference: Reference, run: Run) -> NDArray[Any]:
-    """All coordinates of a reference, put together from its chunks."""
-    bound = reference.bind(run)
-    grid = run.stream("weights").grid
-    assert grid.num_chunks > 3
-    parts = [bound.chunk(chunk).copy() for chunk in range(grid.num_chunks)]
-    bound.close()
-    return np.concatenate(parts)
 
 
 def tensors_of(vector: NDArray[Any]) -> dict[str, NDArray[Any]]:

@@ -248,7 +248,7 @@ def test_streams_are_split_on_commas_but_not_within_their_schedules():
         StreamRequest("updates"),
     )
     assert parse_streams("updates@bursts:51:1,2,5,minibatch") == (
-        StreamRequest("updates", None, "bursts:51:1,2,5"),
+        StreamRequest("updates", "bursts:51:1,2,5"),
         StreamRequest("minibatch"),
     )
 
