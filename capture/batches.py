@@ -1,13 +1,15 @@
 """The order of the training data: a pure function of the data seed and the epoch.
 
 Batch t of a run can therefore be named, and a run resumed at it, without replaying what came
-before; and loading consumes no random numbers of the training.
+before; and loading consumes no random numbers of the training. A random transformation is drawn
+from the seed, the epoch and the sample alone, so neither a resume nor the number of loading
+processes changes it.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import forkserver
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,10 @@ from capture.store.errors import UsageError
 
 if TYPE_CHECKING:
     from capture.tasks import MapDataset
+
+# A sample with the numbers that seed its random transformation.
+Draw = tuple[int, tuple[int, ...]]
+Augment = Callable[[Any, np.random.Generator], Any]
 
 
 class BatchOrder(Sampler[list[int]]):
@@ -56,25 +62,64 @@ class BatchOrder(Sampler[list[int]]):
         return [order[i * size : (i + 1) * size] for i in range(self.steps_per_epoch)]
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.start
-        while step < self.stop:
-            epoch, first = divmod(step, self.steps_per_epoch)
-            batches = self.epoch(epoch)[first:][: self.stop - step]
-            yield from batches
-            step += len(batches)
+        for _, batch in self._numbered():
+            yield batch
+
+    def draws(self) -> Iterator[list[Draw]]:
+        """The same batches; each sample with the seed of its random transformation."""
+        for epoch, batch in self._numbered():
+            yield [(index, (self.seed, epoch, index)) for index in batch]
 
     def __len__(self) -> int:
         return self.stop - self.start
 
+    def _numbered(self) -> Iterator[tuple[int, list[int]]]:
+        step = self.start
+        while step < self.stop:
+            epoch, first = divmod(step, self.steps_per_epoch)
+            batches = self.epoch(epoch)[first:][: self.stop - step]
+            for batch in batches:
+                yield epoch, batch
+            step += len(batches)
+
+
+class Augmented:
+    """A data set whose samples are transformed at random, each by a generator of its own.
+
+    An index alone gives the sample as it is.
+    """
+
+    def __init__(self, dataset: MapDataset, augment: Augment | None) -> None:
+        self._dataset, self._augment = dataset, augment
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, draw: int | Draw) -> Any:
+        if isinstance(draw, int):
+            return self._dataset[draw]
+        index, seed = draw
+        sample = self._dataset[index]
+        return sample if self._augment is None else self._augment(sample, _generator(seed))
+
+
+def _generator(seed: tuple[int, ...]) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
 
 def load_batches(
-    dataset: MapDataset, batches: Sampler[list[int]], *, workers: int, device: torch.device
+    dataset: MapDataset,
+    batches: Iterable[list[int]] | Iterable[list[Draw]],
+    *,
+    workers: int,
+    device: torch.device,
+    augment: Augment | None = None,
 ) -> Iterator[Any]:
-    """Yield the batches named by `batches`, on `device`."""
+    """Yield the batches named by `batches`, on `device`; draws are transformed by `augment`."""
     if workers:
         _start_forkserver()
     loader: DataLoader[Any] = DataLoader(
-        dataset,  # type: ignore[arg-type]  # any object with __len__ and __getitem__ will do
+        Augmented(dataset, augment),  # type: ignore[arg-type]  # any map-style data set will do
         batch_sampler=batches,
         num_workers=workers,
         # Forking beside the writer thread and torch's own threads could hang.

@@ -14,6 +14,7 @@ from capture.batches import load_batches
 from capture.config import TrainConfig
 from capture.progress import format_bytes
 from capture.storage import Storage, existing_folder, free_bytes
+from capture.tasks import augment_of
 from capture.train import Training, deterministic, losses, prepare
 
 WARM_STEPS = 3
@@ -143,7 +144,13 @@ def _step_seconds(training: Training) -> float:
     times: list[float] = []
     began = before = time.perf_counter()
     # Without worker processes: starting them would take longer than the steps.
-    loader = load_batches(training.task.train, batches, workers=0, device=training.device)
+    loader = load_batches(
+        training.task.train,
+        batches.draws(),
+        workers=0,
+        device=training.device,
+        augment=augment_of(training.task),
+    )
     for loss in losses(training, loader):
         training.optimizer.step()
         loss.item()  # waits for an accelerator

@@ -29,7 +29,7 @@ from capture.recorder import Recorder
 from capture.storage import Storage, plan_storage, require_space
 from capture.store import UsageError
 from capture.store.layout import METADATA
-from capture.tasks import Task, build_task
+from capture.tasks import Task, augment_of, build_task, loss_elements
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,11 @@ def train(
             batches = order.between(recorder.step, total)
             model.train()
             loader = load_batches(
-                training.task.train, batches, workers=config.workers, device=training.device
+                training.task.train,
+                batches.draws(),
+                workers=config.workers,
+                device=training.device,
+                augment=augment_of(training.task),
             )
             for batch_loss in losses(training, loader):
                 for group in optimizer.param_groups:
@@ -203,22 +207,23 @@ def losses(training: Training, batches: Iterable[Any]) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def evaluate(training: Training) -> dict[str, float]:
-    """Return the means of the task's metrics over all held-out samples, in evaluation mode."""
+    """Return the means of the task's metrics over what is held out, in evaluation mode."""
     task, size = training.task, training.order.batch_size
     if task.heldout is None:
         return {}
-    count = len(task.heldout)
+    count, elements = len(task.heldout), 0
     batches = BatchSampler(SequentialSampler(range(count)), size, drop_last=False)
     totals: dict[str, float] = {}
     training.model.eval()
     for number, batch in enumerate(
         load_batches(task.heldout, batches, workers=0, device=training.device)
     ):
-        samples = min(size, count - number * size)
+        weight = loss_elements(task, batch, min(size, count - number * size))
+        elements += weight
         for name, mean in task.metrics(training.model, batch).items():
-            totals[name] = totals.get(name, 0.0) + float(mean) * samples
+            totals[name] = totals.get(name, 0.0) + float(mean) * weight
     training.model.train()
-    return {name: total / count for name, total in totals.items()}
+    return {name: total / max(elements, 1) for name, total in totals.items()}
 
 
 @contextmanager

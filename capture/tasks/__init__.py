@@ -15,6 +15,8 @@ from capture.store.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from capture.batches import Augment
+
 TASKS = {"digits": "capture.tasks.digits:digits"}
 
 
@@ -35,6 +37,11 @@ class Task(Protocol):
     heldout         samples that never do; `None` where there are none
     defaults        values of `TrainConfig` where the user gives none; `model` at least
     model_args      what every model for this task has to know: input_shape, num_classes, …
+
+    Two methods may be there beside those below. ``augment(sample, generator)`` transforms one
+    sample of `train` at random, drawing from a `numpy.random.Generator` only.
+    ``loss_elements(batch)`` is the number of elements over which the mean loss of a batch is taken,
+    where that is not the number of samples: pixels that count, tokens.
     """
 
     train: MapDataset
@@ -50,6 +57,18 @@ class Task(Protocol):
 
 
 ATTRIBUTES = ("train", "heldout", "defaults", "model_args", "loss", "metrics")
+
+
+def augment_of(task: Task) -> Augment | None:
+    """Return the random transformation of the task's training samples, `None` without one."""
+    found: Augment | None = getattr(task, "augment", None)
+    return found
+
+
+def loss_elements(task: Task, batch: Any, samples: int) -> int:
+    """Over how many elements the mean loss of a batch of so many samples is taken."""
+    count = getattr(task, "loss_elements", None)
+    return samples if count is None else int(count(batch))
 
 
 def build_task(
