@@ -1,4 +1,8 @@
-"""The gradient streams that a run asks for: ``NAME[:K][@SCHEDULE]``, separated by commas."""
+"""The gradient streams that a run asks for: ``NAME[:K][@SCHEDULE]``, separated by commas.
+
+Two come from the training itself; the others are probes, gradients of other batches at the weights
+that are saved, which `capture.gradients` takes.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +12,47 @@ from dataclasses import dataclass
 from capture.schedule import parse_schedule
 from capture.store.errors import UsageError
 
+MINIBATCH = "minibatch"
+FULL, FULL_EVAL = "full", "full-eval"
+
 # Streams that need nothing but the training itself: what each row t holds.
 STREAMS = {
-    "minibatch": "the gradient that entered update t",
+    MINIBATCH: "the gradient that entered update t",
     "updates": "the update itself, w_{t+1} - w_t",
 }
+
+# Probes with a batch axis: what batch b of row t is the gradient of, at w_t.
+BATCH_PROBES = {
+    "fixed": "training batch b of K that were drawn once",
+    "heldout": "held-out batch b of K that never drive training",
+    "shuffled-labels": "training batch b of K with its labels permuted once",
+}
+
+# Probes of all training samples: the mean over the batches of a partition.
+FULL_PROBES = {
+    FULL: "all training samples, the model in training mode",
+    FULL_EVAL: "all training samples, the model in evaluation mode",
+}
+
+PROBES = {**BATCH_PROBES, **FULL_PROBES}
+DEFAULT_BATCHES = 10
+MAX_BATCHES = 10_000
 
 
 @dataclass(frozen=True)
 class StreamRequest:
-    """One stream: its name, and its own schedule where given."""
+    """One stream: its name, its own schedule where given, and K where it has a batch axis."""
 
     name: str
     schedule: str | None = None
+    batches: int | None = None
 
 
 def parse_streams(text: str) -> tuple[StreamRequest, ...]:
-    """Parse ``minibatch,updates`` and the like; ``none`` asks for no stream.
+    """Parse ``minibatch,fixed:10,full@epoch`` and the like; ``none`` asks for no stream.
 
-    Raises `UsageError` for an unknown stream, a doubled one, a bad count or a bad schedule.
+    ``full:eval`` is another way to write ``full-eval``, and K is 10 where it is left out. Raises
+    `UsageError` for an unknown stream, a doubled one, a bad count or a bad schedule.
     """
     requests = [_parse_stream(part) for part in _split(text)]
     names = [request.name for request in requests]
@@ -49,20 +75,35 @@ def _split(text: str) -> list[str]:
 
 def _parse_stream(text: str) -> StreamRequest:
     body, at, schedule = text.partition("@")
-    name, colon, _ = body.partition(":")
-    if name not in STREAMS:
-        near = difflib.get_close_matches(name, STREAMS, n=1)
+    body = FULL_EVAL if body == "full:eval" else body
+    name, colon, count = body.partition(":")
+    known = {**STREAMS, **PROBES}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UsageError(
-            "no such gradient stream in this version",
+            "no such gradient stream",
             where=repr(text),
-            fix=f"{hint}known are {', '.join(STREAMS)}, or none",
-        )
-    if colon:
-        raise UsageError(
-            "this gradient stream has one batch per step", where=repr(text), fix=f"write {name}"
+            fix=f"{hint}known are {', '.join(known)}, or none",
         )
     if at:
         # Parsed here so that a wrong one is told at once; total_steps matters for log:N alone.
         parse_schedule(schedule, total_steps=1)
-    return StreamRequest(name, schedule if at else None)
+    if name not in BATCH_PROBES:
+        if colon:
+            what = "this gradient stream has one batch per step"
+            raise UsageError(what, where=repr(text), fix=f"write {name}")
+        return StreamRequest(name, schedule if at else None)
+    return StreamRequest(name, schedule if at else None, _count(count, colon, text))
+
+
+def _count(count: str, colon: str, text: str) -> int:
+    if not colon:
+        return DEFAULT_BATCHES
+    if not count.isdecimal() or not 0 < int(count) <= MAX_BATCHES:
+        raise UsageError(
+            f"the number of batches must be a whole number from 1 to {MAX_BATCHES:,}",
+            where=repr(text),
+            fix=f"write {text.partition(':')[0]}:{DEFAULT_BATCHES}",
+        )
+    return int(count)

@@ -8,6 +8,7 @@ The leading crc32c covers the rest of its own line, so a damaged line is told fr
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ _PREFIX_LENGTH = len(_OPENING) + 8 + len(b'",')
 class Commit:
     """What the log says of one shard; checksums are crc32c as 8 hexadecimal digits.
 
-    `chunks` holds one checksum per inner chunk, `rest` that of everything else in the file.
+    `chunks` holds one checksum per inner chunk, `rest` that of everything else in the file. `loss`
+    is that of the batch whose gradient this is, where it is kept: the shortest text that reads back
+    as the same float64, since JSON has neither NaN nor infinity.
     """
 
     row: int
@@ -34,11 +37,15 @@ class Commit:
     size: int
     rest: str
     chunks: tuple[str, ...]
+    loss: str | None = None
 
 
 def encode(commit: Commit) -> bytes:
     """Build one line, newline included."""
-    body = json.dumps(asdict(commit), separators=(",", ":")).encode()[1:]
+    fields = asdict(commit)
+    if commit.loss is None:
+        del fields["loss"]
+    body = json.dumps(fields, separators=(",", ":")).encode()[1:]
     return _prefix(body) + body + b"\n"
 
 
@@ -62,6 +69,11 @@ def decode(data: bytes, path: Path) -> tuple[list[Commit], int]:
         fields["chunks"] = tuple(fields["chunks"])
         commits.append(Commit(**fields))
     return commits, len(data) - len(torn)
+
+
+def losses(commits: Sequence[Commit]) -> list[float]:
+    """The loss of each commit, NaN where none is kept."""
+    return [math.nan if commit.loss is None else float(commit.loss) for commit in commits]
 
 
 def check(

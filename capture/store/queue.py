@@ -57,13 +57,16 @@ class SnapshotQueue:
         step: int,
         epoch: float | None = None,
         batch: int | None = None,
+        loss: float | None = None,
     ) -> None:
         """Queue a filled buffer; it must not be touched until `acquire` hands it out again."""
         self.check()
 
         def job() -> None:
             try:
-                size = self._writer.commit(stream, staging, step=step, epoch=epoch, batch=batch)
+                size = self._writer.commit(
+                    stream, staging, step=step, epoch=epoch, batch=batch, loss=loss
+                )
                 self.bytes_written += size
             finally:
                 self._free[stream].put(staging)

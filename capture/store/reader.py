@@ -147,8 +147,10 @@ class Stream:
     """One stream of a run: `weights`, `updates`, or a stream of gradients.
 
     `steps` is int64 ``[T]``, `epochs` float64 ``[T]`` (NaN where unknown), `batches` is B or
-    `None`. Row r of step t in `weights` is `w_t`; a gradient of step t was taken at `w_t`;
-    an update of step t is `w_{t+1} - w_t`.
+    `None`. `losses` are the mean losses of the batches whose gradients these are, float64 ``[T]``
+    or ``[T, B]``, `None` where they are not kept. `finished` says that no row will follow.
+    Row r of step t in `weights` is `w_t`; a gradient of step t was taken at `w_t`; an update of
+    step t is `w_{t+1} - w_t`.
     """
 
     def __init__(self, run: Run, name: str, batches: int | None) -> None:
@@ -161,7 +163,9 @@ class Stream:
         private = f"{self._relative}/{PRIVATE_FOLDER}/{COMMIT_LOG}"
         self.log_path = run.path / private
         commits, _ = log.decode(read_confined(run.path, private), self.log_path)
-        finished = run.attributes["digests"]["rows"].get(name, 0) if run.complete else None
+        # A stream that is being added to a complete run is not finished yet.
+        finished = run.attributes["digests"]["rows"].get(name) if run.complete else None
+        self.finished = finished is not None
         log.check(
             commits,
             self.log_path,
@@ -177,6 +181,10 @@ class Stream:
         self.epochs: NDArray[np.float64] = np.array(
             [np.nan if commit.epoch is None else commit.epoch for commit in first], dtype=np.float64
         )
+        self.losses: NDArray[np.float64] | None = None
+        if commits and commits[0].loss is not None:
+            kept = np.array(log.losses(commits[: rows * (batches or 1)]), np.float64)
+            self.losses = kept if batches is None else kept.reshape(rows, batches)
         self._check_metadata()
 
     def __len__(self) -> int:
@@ -226,7 +234,7 @@ class Stream:
         rows = shape[0] if isinstance(shape, list) and shape else None
         expected = (
             value_document(rows, self.batches, self.grid, self.dtype)
-            if isinstance(rows, int) and (rows == len(self) or not self.run.complete)
+            if isinstance(rows, int) and (rows == len(self) or not self.finished)
             else None
         )
         if document != expected:

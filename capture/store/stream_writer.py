@@ -49,6 +49,7 @@ class StreamWriter:
         self._shape_rows = -1
         self._steps = SmallArray(root, f"{self._relative}/step", _INT64, ["step"])
         self._epochs = SmallArray(root, f"{self._relative}/epoch", _FLOAT64, ["step"])
+        self._losses = self._new_losses()
 
     def start(self) -> None:
         """Create the empty array with its empty log."""
@@ -76,14 +77,22 @@ class StreamWriter:
         if sound < len(data):
             write_durably(self._log, data[:sound], self._scratch)
 
-    def commit(self, staging: Staging, step: int, epoch: float | None, batch: int | None) -> int:
+    def commit(
+        self,
+        staging: Staging,
+        step: int,
+        epoch: float | None,
+        batch: int | None,
+        loss: float | None = None,
+    ) -> int:
         """Write one shard, then its line; return the size of the shard in bytes."""
         row = self._row_for(step, batch)
         chunks, rest = staging.seal(step, batch)
         path = self._value / shard_key(row, batch)
         make_folders(path.parent, self._root)
         write_durably(path, staging.image, self._scratch)
-        commit = log.Commit(row, batch, step, epoch, self.layout.size, rest, tuple(chunks))
+        kept = None if loss is None else repr(float(loss))
+        commit = log.Commit(row, batch, step, epoch, self.layout.size, rest, tuple(chunks), kept)
         self._append(log.encode(commit))
         self.commits.append(commit)
         self._append_coordinates()
@@ -93,6 +102,8 @@ class StreamWriter:
         """Write the coordinates first, then the shape that makes them count."""
         self._steps.flush(self._scratch)
         self._epochs.flush(self._scratch)
+        if self._has_losses:
+            self._losses.flush(self._scratch)
         self._write_shape()
 
     def truncate(self, step: int) -> None:
@@ -108,6 +119,8 @@ class StreamWriter:
         self._write_shape()
         self._steps.load(self._rows, self._scratch)
         self._epochs.load(self._rows, self._scratch)
+        if self._losses.folder.exists():
+            self._losses.load(self._rows, self._scratch)
         write_durably(self._log, b"".join(map(log.encode, kept)), self._scratch)
         self._remove_unlisted()
 
@@ -128,6 +141,16 @@ class StreamWriter:
         """Rows of which every batch is committed."""
         return len(self.commits) // (self.layout.batches or 1)
 
+    @property
+    def _has_losses(self) -> bool:
+        return bool(self.commits) and self.commits[0].loss is not None
+
+    def _new_losses(self) -> SmallArray:
+        batches = self.layout.batches
+        dimensions = ["step"] if batches is None else ["step", "batch"]
+        columns = () if batches is None else (batches,)
+        return SmallArray(self._root, f"{self._relative}/loss", _FLOAT64, dimensions, columns)
+
     def _append(self, line: bytes) -> None:
         with writing(self._log):
             flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
@@ -146,7 +169,12 @@ class StreamWriter:
 
     def _append_coordinates(self) -> None:
         while len(self._steps) < self._rows:
-            first = self.commits[len(self._steps) * (self.layout.batches or 1)]
+            start, count = len(self._steps) * (self.layout.batches or 1), self.layout.batches or 1
+            first = self.commits[start]
+            if first.loss is not None:
+                losses = log.losses(self.commits[start : start + count])
+                row = losses if self.layout.batches is not None else losses[0]
+                self._losses.append(row, self._scratch)
             self._steps.append(first.step, self._scratch)
             epoch = np.nan if first.epoch is None else first.epoch
             self._epochs.append(epoch, self._scratch)
@@ -155,11 +183,13 @@ class StreamWriter:
         """Rebuild coordinates and shape from the log, and remove what a crash left."""
         self._steps = SmallArray(self._root, f"{self._relative}/step", _INT64, ["step"])
         self._epochs = SmallArray(self._root, f"{self._relative}/epoch", _FLOAT64, ["step"])
+        self._losses = self._new_losses()
         self._append_coordinates()
         self._shape_rows = -1
         self.flush()
         self._steps.trim()
         self._epochs.trim()
+        self._losses.trim()
         for leftover in self._private.glob("*.tmp"):
             remove(leftover)
         self._remove_unlisted()

@@ -103,9 +103,11 @@ def _check_coordinates(run: Run, stream: Stream) -> None:
     expected = {"step": stream.steps, "epoch": stream.epochs}
     if stream.batches is not None:
         expected["batch"] = np.arange(stream.batches)
+    if stream.losses is not None:
+        expected["loss"] = stream.losses
     for name, values in expected.items():
         stored = read_small(run.path, f"{folder}/{name}")
-        if not run.complete and name != "batch":
+        if not stream.finished and name != "batch":
             common = min(len(stored), len(values))
             stored, values = stored[:common], values[:common]
         if not np.array_equal(stored, values, equal_nan=True):
@@ -127,7 +129,7 @@ def _check_with_zarr(run: Run, stream: Stream) -> None:
     except Exception as error:  # whatever a reader of another make says of damaged metadata
         what = f"zarr cannot read this stream ({error})"
         raise DamagedError(what, where=folder, fix=RESTORE) from error
-    if run.complete and rows != len(stream):
+    if stream.finished and rows != len(stream):
         raise DamagedError(
             f"the array has {rows} rows, the commit log {len(stream)}",
             where=folder / "value",

@@ -199,12 +199,16 @@ class RunWriter:
         step: int,
         epoch: float | None = None,
         batch: int | None = None,
+        loss: float | None = None,
     ) -> int:
         """Write one shard and commit it; return its size in bytes.
 
+        `loss` is the mean loss of the batch whose gradient this is; a stream keeps that of all its
+        shards or of none.
+
         `WriteError` where the disk refuses; then nothing was committed.
         """
-        size = self._streams[stream].commit(staging, step, epoch, batch)
+        size = self._streams[stream].commit(staging, step, epoch, batch, loss)
         if time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
         return size
@@ -222,6 +226,43 @@ class RunWriter:
             stream.flush()
         self._scalars.flush()
         self._flushed = time.monotonic()
+
+    def add_stream(self, name: str, batches: int | None) -> None:
+        """Add an empty stream to a run that is there; nothing where it has it already.
+
+        In a complete run the new stream counts as unfinished until `finish` is called again.
+        `UsageError` for a bad name, `MismatchError` where it has another number of batches.
+        """
+        if not streams_are_sound({name: batches}):
+            raise UsageError(f"{name!r} cannot be a stream", fix="use letters, - and _")
+        if name in self._streams:
+            if self._streams[name].layout.batches != batches:
+                raise MismatchError(
+                    f"the stream {name!r} has {self._streams[name].layout.batches} batches, not "
+                    f"{batches}",
+                    where=self.path,
+                    fix="give the number that it has",
+                )
+            return
+        layout = ShardLayout(name, self.table, batches)
+        remove(self.path / stream_folder(name))  # what a crash left before the root told of it
+        self._streams[name] = StreamWriter(self.path, self.state_folder, layout)
+        self._write_groups()
+        self._streams[name].start()
+        self._attributes["streams"] = {**self._attributes["streams"], name: batches}
+        self._write_attributes()
+
+    def remove_stream(self, name: str) -> None:
+        """Remove a stream of gradients with all its rows; nothing where there is none."""
+        if name == WEIGHTS or name not in self._streams:
+            return
+        del self._streams[name]
+        kept = self._attributes["streams"]
+        self._attributes["streams"] = {key: kept[key] for key in kept if key != name}
+        self._attributes.get("digests", {}).get("rows", {}).pop(name, None)
+        # First it is no part of the run, then it goes.
+        self._write_attributes()
+        remove(self.path / stream_folder(name))
 
     def truncate(self, step: int) -> None:
         """Drop every row and every scalar with a step of `step` or later, and the final status."""
