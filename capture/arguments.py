@@ -13,7 +13,7 @@ from capture.store.errors import UsageError
 # Attributes that the store or the recorder writes.
 TAKEN_ATTRIBUTES = OWN_ATTRIBUTES | {
     *("optimizer", "schedules", "total_steps", "initial_norm_by_tensor", "frozen_digests"),
-    *("optimizer_had_state", "gradient_missing", "frozen_changed", "not_stored"),
+    *("optimizer_had_state", "gradient_missing", "frozen_changed", "not_stored", "probes"),
 }
 TABLES = ("config", "versions", "seeds")
 
@@ -28,6 +28,16 @@ def require_whole(name: str, value: Any, least: int, *, optional: bool = False) 
         sound = False
     if not sound:
         raise UsageError(f"{name} must be a whole number of at least {least}", where=repr(value))
+
+
+def parse_steps(text: str | None) -> list[int] | None:
+    """Parse ``0,100,200``; `None` where nothing is given. Raises `UsageError`."""
+    if text is None:
+        return None
+    parts = text.replace(" ", "").split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise UsageError("no list of steps", where=repr(text), fix="write 0,100,200")
+    return [int(part) for part in parts]
 
 
 def require_attributes(attributes: Mapping[str, Any]) -> None:

@@ -72,7 +72,8 @@ def training_options(function: Decorated) -> Decorated:
             (
                 "--gradients",
                 str,
-                "Streams beside the weights: minibatch,updates or none; each with its own "
+                "Streams beside the weights: minibatch, updates, fixed:K, heldout:K, "
+                "shuffled-labels:K, full, full:eval, with commas, or none; each with its own "
                 "@SCHEDULE if wanted. Default: minibatch.",
             ),
             ("--checkpoint-every", int, "Save a resume state every K steps. Default: per epoch."),
@@ -164,6 +165,42 @@ def plan(config: str | None, out: str | None, force: bool, json: bool, **flags: 
     _print_json(prediction.to_dict()) if json else click.echo(prediction.to_text())
     if not force:
         require_space(target, prediction.storage)
+
+
+@main.command(example="capture probe runs/first.zarr --gradients fixed:4,full")
+@click.argument("run", type=click.Path())
+@_options(
+    "Options",
+    ("--steps", str, "Measure at these saved steps only: 0,100,200."),
+    ("--replace", bool, "Drop streams of these names first."),
+    ("--data-root", click.Path(), "Folder that holds the data files. Default: as in training."),
+    ("--task", str, "For a run of your own loop: module:factory."),
+    ("--model", str, "For a run of your own loop: module:factory."),
+    ("--batch-size", int, "For a run of your own loop. Default: the task's."),
+    ("--data-seed", int, "For a run of your own loop: seed of the batches. Default: 0."),
+    ("--threads", int, "Threads of torch. Default: as in training."),
+)
+@click.option(
+    "--gradients",
+    required=True,
+    help="fixed:K, heldout:K, shuffled-labels:K, full, full:eval, with commas; each with its own "
+    "@SCHEDULE if wanted.",
+)
+def probe(run: str, gradients: str, steps: str | None, replace: bool, **flags: Any) -> None:
+    """Add gradients of other batches to a recorded run, without training again.
+
+    RUN is the folder that `capture train --out` or a Recorder wrote. They are taken at its saved
+    weights, w_T included. What an interrupted call has added stays: the same call goes on.
+    """
+    from capture.arguments import parse_steps
+    from capture.probe import probe_run
+
+    changes = {key: value for key, value in flags.items() if value is not None}
+    found = probe_run(
+        run, gradients, steps=parse_steps(steps), replace_streams=replace, changes=changes
+    )
+    added = ", ".join(f"{rows} rows of {name}" for name, rows in found.rows.items())
+    click.echo(f"added {added} to {run}", err=True)
 
 
 @main.command(example="capture info runs/first.zarr")

@@ -6,7 +6,7 @@ import logging
 import math
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from capture import __version__
 from capture.describe import Description
 from capture.norms import Norms
 from capture.schedule import Schedule
+from capture.snapshots import Source
 from capture.store import MismatchError, RunWriter, TensorTable
 from capture.store.attributes import read_attributes
 from capture.store.layout import METADATA, WEIGHTS
@@ -35,6 +36,7 @@ class RunPlan:
     schedules: Mapping[str, Schedule]
     total_steps: int | None
     attributes: Mapping[str, Any]
+    sources: Mapping[str, Source] = field(default_factory=dict)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -44,6 +46,7 @@ class RunPlan:
             "optimizer": dict(self.optimizer),
             "schedules": {name: schedule.text for name, schedule in self.schedules.items()},
             "total_steps": self.total_steps if by_length else None,
+            "probes": {name: source.describe() for name, source in self.sources.items()},
         }
 
     def entries(self) -> dict[str, Any]:
@@ -106,7 +109,11 @@ def open_writer(plan: RunPlan, resume: bool) -> tuple[RunWriter, bool]:
                 plan.path,
             )
         return writer, False
-    streams = {name: None for name in plan.schedules if name != WEIGHTS}
+    streams = {
+        name: plan.sources[name].batches if name in plan.sources else None
+        for name in plan.schedules
+        if name != WEIGHTS
+    }
     frozen = plan.seen.frozen_bytes()
     writer = RunWriter.create(
         plan.path, plan.seen.table, streams=streams, attributes=plan.entries(), frozen=frozen
@@ -158,7 +165,7 @@ def versions() -> dict[str, str]:
 
 def _check_same(plan: RunPlan, attributes: Mapping[str, Any]) -> None:
     for name, ours in plan.identity.items():
-        theirs = attributes.get(name)
+        theirs = attributes.get(name, {} if name == "probes" else None)
         if theirs != ours:
             raise MismatchError(
                 f"the run has {name} {theirs}, this recorder {ours}",

@@ -61,8 +61,9 @@ class Plan:
         streams = {
             name: {
                 "rows": rows,
-                "bytes_per_row": storage.shard_bytes[name],
-                "bytes": rows * storage.shard_bytes[name],
+                "batches": storage.shards[name],
+                "bytes_per_row": storage.shards[name] * storage.shard_bytes[name],
+                "bytes": rows * storage.shards[name] * storage.shard_bytes[name],
             }
             for name, rows in storage.rows.items()
         }
@@ -71,7 +72,7 @@ class Plan:
             "steps_per_epoch": self.steps_per_epoch,
             "n_parameters": self.n_parameters,
             "streams": streams,
-            "shard_files": sum(storage.rows.values()),
+            "shard_files": storage.files,
             "shard_bytes": storage.total_shard_bytes,
             "other_bytes": storage.other_bytes,
             "total_bytes": storage.total_bytes,
@@ -90,16 +91,16 @@ class Plan:
             f"{self.total_steps} steps of {self.n_parameters:,} parameters, "
             f"{self.steps_per_epoch} steps per epoch",
             "",
-            f"{'':<12}{'rows':>8}{'each':>12}{'together':>12}",
+            f"{'':<16}{'rows':>8}{'each':>12}{'together':>12}",
         ]
         for name, rows in storage.rows.items():
-            each = storage.shard_bytes[name]
+            each = storage.shards[name] * storage.shard_bytes[name]
             sizes = f"{format_bytes(each):>12}{format_bytes(rows * each):>12}"
-            lines.append(f"{name:<12}{rows:>8}{sizes}")
+            lines.append(f"{name:<16}{rows:>8}{sizes}")
         lines += [
-            f"{'other':<12}{'':>8}{'':>12}{format_bytes(storage.other_bytes):>12}",
-            f"{'all':<12}{'':>8}{'':>12}{format_bytes(storage.total_bytes):>12}"
-            f"  in {sum(storage.rows.values())} shards; {format_bytes(self.free_bytes)} are free",
+            f"{'other':<16}{'':>8}{'':>12}{format_bytes(storage.other_bytes):>12}",
+            f"{'all':<16}{'':>8}{'':>12}{format_bytes(storage.total_bytes):>12}"
+            f"  in {storage.files} shards; {format_bytes(self.free_bytes)} are free",
             "",
             f"about {format_seconds(self.seconds)}: "
             f"training {format_seconds(self.training_seconds)} "

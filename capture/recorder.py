@@ -44,10 +44,18 @@ from capture.opening import (
 from capture.ranks import require_rank
 from capture.resume import Moment, ResumeStates, Stateful
 from capture.schedule import Schedule
-from capture.snapshots import MINIBATCH, Snapshots, Update, require_scalar, stream_schedules
+from capture.snapshots import (
+    Snapshots,
+    Source,
+    Update,
+    require_scalar,
+    require_sources,
+    stream_schedules,
+)
 from capture.state import load_newest
 from capture.store import SnapshotQueue, StraightwayError
 from capture.store.files import remove
+from capture.streams import MINIBATCH
 
 logger = logging.getLogger("capture")
 
@@ -77,6 +85,8 @@ class Recorder:
             batch number `step`. Not under `torch.distributed` with several ranks.
         clipped: False says that the loop never clips gradients, so that every clip factor is 1;
             by default it is unknown (NaN) where `clip_grad_norm_` was not called.
+        sources: Where streams of `gradients` come from that are not the loop's own, by name; see
+            `capture.snapshots.Source`. Each is measured at every saved w_t and at w_T.
 
     Attributes:
         step: Updates applied so far.
@@ -115,6 +125,7 @@ class Recorder:
         state: Mapping[str, Stateful] | None = None,
         resume: bool = False,
         clipped: bool | None = None,
+        sources: Mapping[str, Source] | None = None,
     ) -> None:
         self.path = Path(path)
         self.step = 0
@@ -140,9 +151,17 @@ class Recorder:
         facts = optimizer_facts(optimizer)
         self._seen = describe(model, optimizer)
         self._schedules = stream_schedules(every, gradients, total_steps, steps_per_epoch)
+        self._sources = {n: s for n, s in (sources or {}).items() if n in self._schedules}
+        require_sources(self._schedules, self._sources)
         if is_writing_rank:
             plan = RunPlan(
-                self.path, self._seen, facts, self._schedules, total_steps, attributes or {}
+                self.path,
+                self._seen,
+                facts,
+                self._schedules,
+                total_steps,
+                attributes or {},
+                self._sources,
             )
             self._open(plan, state or {}, resume)
         self._recording = not self.complete
@@ -210,7 +229,7 @@ class Recorder:
             if resume and found is None:
                 start_over(plan, self._writer)
             queue = SnapshotQueue(self._writer)
-            self._snapshots = Snapshots(self._seen, self._schedules, queue)
+            self._snapshots = Snapshots(self._seen, self._schedules, queue, self._sources)
             self._states = ResumeStates(self._seen, state, self._writer, self._snapshots)
             if found is not None:
                 self.step, tree, notices = found

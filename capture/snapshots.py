@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,9 +21,8 @@ from capture.schedule import Schedule, parse_schedule
 from capture.staging import HostCopies
 from capture.store import SnapshotQueue, Staging, UsageError
 from capture.store.layout import METADATA, UPDATES, WEIGHTS
-from capture.streams import parse_streams
+from capture.streams import MINIBATCH, STREAMS, parse_streams
 
-MINIBATCH = "minibatch"
 MAX_NAME = 100
 
 # Every-step scalars that are written here; a loop may log `loss` and any other name.
@@ -31,6 +30,35 @@ OWN_SCALARS = (
     *("epoch", "lr", "clip_factor", "grad_norm", "update_norm", "grad_norm_by_tensor"),
     *("update_norm_by_tensor", "group_lr", "group_momentum", "group_weight_decay"),
 )
+
+
+class Measured(Protocol):
+    """The mean loss of a batch and its gradient by tensor, `None` where a tensor got none."""
+
+    @property
+    def loss(self) -> float:
+        """The mean loss."""
+
+    @property
+    def gradient(self) -> Sequence[torch.Tensor | None]:
+        """Its gradient, in the order of the trainable tensors."""
+
+
+class Source(Protocol):
+    """Where a stream comes from that is not the training's own; `batches` is K or `None`.
+
+    It must leave model, gradients and random numbers as they were.
+    """
+
+    @property
+    def batches(self) -> int | None:
+        """K, the number of batches in each row; `None` without such an axis."""
+
+    def measure(self, batch: int | None) -> Measured:
+        """Measure one batch at the model's current weights."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the run remembers of it, as JSON."""
 
 
 @dataclass
@@ -53,12 +81,17 @@ class Snapshots:
     """Takes w_t and its gradient before update t, and what the update did after it.
 
     A row is queued only once its update is done, so a step that fails and is tried again leaves
-    one row. `held_seconds` is how long the training thread was held for the copies of due steps,
+    one row; where other sources are due, w_t and their rows are queued before the update, once.
+    `held_seconds` is how long the training thread was held for the copies of due steps,
     `gradient_missing` counts by tensor the updates in which ``grad is None`` stood for zeros.
     """
 
     def __init__(
-        self, seen: Description, schedules: Mapping[str, Schedule], queue: SnapshotQueue
+        self,
+        seen: Description,
+        schedules: Mapping[str, Schedule],
+        queue: SnapshotQueue,
+        sources: Mapping[str, Source],
     ) -> None:
         self.queue = queue
         self.held_seconds = 0.0
@@ -66,12 +99,16 @@ class Snapshots:
         self.gradient_missing: Counter[str] = Counter()
         self._seen = seen
         self._schedules = schedules
+        self._sources = sources
+        # What was queued of the coming update already: (its step, names of streams).
+        self._queued: tuple[int, set[str]] = (-1, set())
         wide = seen.table.value_dtype.itemsize == 8
         dtype = torch.float64 if wide else torch.float32
         self._norms = Norms(dtype)
         self._weights = WeightsCopy(seen.parameters, dtype)
         self._copies = HostCopies(seen.table)
         self._staged: dict[str, Staging] = {}
+        self._kept_weights: Staging
         self._on_host = all(p.device.type == "cpu" for p in seen.parameters)
 
     def begin(self, update: Update) -> None:
@@ -85,14 +122,16 @@ class Snapshots:
         update.scalars = {**self._settings(update), **_by_tensor("grad_norm", grad_norms)}
         update.streams = self._due(update)
         with self._holding():
-            for stream in update.streams:
+            for stream in self._staged_here(update):
                 staging = self._acquire(stream)
                 if stream == WEIGHTS:
+                    self._kept_weights = staging
                     self._copy_weights(staging)
                 elif stream == MINIBATCH:
                     self._copies.copy_parameters(staging, gradients, update.scale)
+        self._measure_sources(update.step, update.epoch, update.streams)
         if update.streams and self._on_host:
-            self._weights.borrow(self._copies.views_of(self._staged[WEIGHTS]))
+            self._weights.borrow(self._copies.views_of(self._kept_weights))
         else:
             self._weights.keep(self._seen.parameters)
 
@@ -104,7 +143,7 @@ class Snapshots:
             update_norms = self._norms.of(changes)
         else:
             update_norms = self._weights.update_norms(self._seen.parameters)
-        for stream in update.streams:
+        for stream in self._staged_here(update):
             staging = self._staged.pop(stream)
             self.queue.submit(stream, staging, step=update.step, epoch=update.epoch)
         scalars = {**update.scalars, **_by_tensor("update_norm", update_norms), **logged}
@@ -117,6 +156,7 @@ class Snapshots:
         self._seen.check_unchanged()
         self._copy_weights(self._acquire(WEIGHTS))
         self.queue.submit(WEIGHTS, self._staged.pop(WEIGHTS), step=step, epoch=epoch)
+        self._measure(step, epoch, list(self._sources))
         self.queue.drain()
 
     def concerns(self, step: int) -> list[str]:
@@ -136,6 +176,33 @@ class Snapshots:
         """End the writer thread after what is queued, and give the staging buffers back."""
         self.queue.close()
         self._copies.close()
+
+    def _staged_here(self, update: Update) -> list[str]:
+        """Streams of the training itself that are due and not queued before the update."""
+        step, queued = self._queued
+        done = queued if step == update.step else set()
+        return [name for name in update.streams if name not in self._sources and name not in done]
+
+    def _measure_sources(self, step: int, epoch: float | None, streams: Sequence[str]) -> None:
+        """Queue w_t and the rows of every source that is due, unless a failed try did so."""
+        due = [name for name in streams if name in self._sources]
+        if not due or self._queued[0] == step:
+            return
+        self.queue.submit(WEIGHTS, self._staged.pop(WEIGHTS), step=step, epoch=epoch)
+        self._measure(step, epoch, due)
+        self._queued = (step, {WEIGHTS, *due})
+
+    def _measure(self, step: int, epoch: float | None, sources: Sequence[str]) -> None:
+        for name in sources:
+            source = self._sources[name]
+            batches = [None] if source.batches is None else range(source.batches)
+            for batch in batches:
+                found = source.measure(batch)
+                staging = self.queue.acquire(name)
+                self._copies.copy_parameters(staging, found.gradient)
+                self.queue.submit(
+                    name, staging, step=step, epoch=epoch, batch=batch, loss=found.loss
+                )
 
     def _due(self, update: Update) -> list[str]:
         """Streams that are saved at this step; a gradient never without its weights."""
@@ -223,6 +290,17 @@ def stream_schedules(
     requests = parse_streams(text)
     own = {r.name: main if r.schedule is None else parse(r.schedule) for r in requests}
     return {WEIGHTS: main, **own}
+
+
+def require_sources(schedules: Mapping[str, Schedule], sources: Mapping[str, Source]) -> None:
+    """Raise `UsageError` for a stream that neither the training nor a source gives."""
+    for name in schedules:
+        if name not in (WEIGHTS, *STREAMS) and name not in sources:
+            raise UsageError(
+                "a loop's own step does not give this stream",
+                where=name,
+                fix=f"give Recorder(…, sources={{{name!r}: …}}), or add it later by capture probe",
+            )
 
 
 def _by_tensor(name: str, values: NDArray[np.float64]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from capture.progress import format_bytes
 from capture.schedule import parse_schedule
 from capture.store import ShardLayout, TensorTable, WriteError
 from capture.store.layout import WEIGHTS
-from capture.streams import parse_streams
+from capture.streams import PROBES, parse_streams
 
 # Copies of the parameters that an optimizer keeps in its state.
 STATE_COPIES = {"sgd": 0, "momentum": 1, "nesterov": 1, "adam": 2, "adamw": 2}
@@ -28,16 +28,27 @@ STATES = 3
 
 @dataclass(frozen=True)
 class Storage:
-    """Rows and bytes of each stream (exact), and bytes of all else (about)."""
+    """Rows and bytes of each stream (exact), and bytes of all else (about).
+
+    `shards` is the number of files in each row: K where a stream has K batches, else 1.
+    """
 
     rows: Mapping[str, int]
     shard_bytes: Mapping[str, int]
     other_bytes: int
+    shards: Mapping[str, int]
+
+    @property
+    def files(self) -> int:
+        """The number of shards of all streams."""
+        return sum(self.rows[name] * self.shards[name] for name in self.rows)
 
     @property
     def total_shard_bytes(self) -> int:
         """Bytes of all shards, to the byte."""
-        return sum(self.rows[name] * self.shard_bytes[name] for name in self.rows)
+        return sum(
+            self.rows[name] * self.shards[name] * self.shard_bytes[name] for name in self.rows
+        )
 
     @property
     def total_bytes(self) -> int:
@@ -56,8 +67,9 @@ def plan_storage(
 ) -> Storage:
     """Count what a training of `total_steps` updates of the tensors of `table` will save."""
 
+    requests = {request.name: request for request in parse_streams(gradients)}
     texts = {WEIGHTS: every}
-    texts |= {request.name: request.schedule or every for request in parse_streams(gradients)}
+    texts |= {name: request.schedule or every for name, request in requests.items()}
     schedules = {
         name: parse_schedule(text, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
         for name, text in texts.items()
@@ -70,14 +82,17 @@ def plan_storage(
         saved[WEIGHTS] = np.logical_or.reduce(list(saved.values()))
         for name, mask in saved.items():
             rows[name] += int(np.count_nonzero(mask))
-    rows[WEIGHTS] += 1  # the final iterate
+    batches = {name: requests[name].batches if name in requests else None for name in rows}
+    for name in rows:
+        rows[name] += name == WEIGHTS or name in PROBES  # the final iterate
     groups, tensors = 1, len(table.parameters)
     scalars = 8 * total_steps * (6 + 3 * groups + 2 * tensors)
     model = sum(tensor.nbytes for tensor in (*table.parameters, *table.buffers, *table.frozen))
     state = model + STATE_COPIES[optimizer] * sum(tensor.nbytes for tensor in table.parameters)
     return Storage(
         rows=rows,
-        shard_bytes={name: ShardLayout(name, table).size for name in rows},
+        shard_bytes={name: ShardLayout(name, table, batches[name]).size for name in rows},
+        shards={name: batches[name] or 1 for name in rows},
         other_bytes=scalars + STATES * state,
     )
 

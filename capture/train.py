@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from capture.batches import BatchOrder, load_batches, mix
 from capture.config import TrainConfig
 from capture.describe import check_parameters, describe
 from capture.factories import user_code
+from capture.gradients import Probe, build_probes
 from capture.interruption import Interrupted, StopRequest
 from capture.models import build_model
 from capture.optimizers import LearningRate, build_optimizer, learning_rate
@@ -29,6 +31,7 @@ from capture.recorder import Recorder
 from capture.storage import Storage, plan_storage, require_space
 from capture.store import UsageError
 from capture.store.layout import METADATA
+from capture.streams import parse_streams
 from capture.tasks import Task, augment_of, build_task, loss_elements
 
 
@@ -44,6 +47,18 @@ class Training:
     rate: LearningRate
     device: torch.device
     total_steps: int
+
+    @cached_property
+    def probes(self) -> dict[str, Probe]:
+        """The gradient streams that are not the training's own, by name."""
+        assert self.config.data_seed is not None
+        return build_probes(
+            self.model,
+            self.task,
+            parse_streams(self.config.gradients),
+            batch_size=self.order.batch_size,
+            data_seed=self.config.data_seed,
+        )
 
     @property
     def storage(self) -> Storage:
@@ -137,6 +152,7 @@ def train(
                 checkpoint_every=config.checkpoint_every or order.steps_per_epoch,
                 resume=resume,
                 clipped=False,
+                sources=training.probes,
             ) as recorder,
             TrainingProgress(total, recorder.step) as progress,
         ):

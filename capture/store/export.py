@@ -31,7 +31,7 @@ def export_state_dict(
     where its bytes are not as committed, `UsageError` where `out` cannot be written.
     """
     run, target = open_run(path), check_target(out)
-    tensors = _raw_tensors(run, step)
+    tensors = read_state(run, step)
     table = run.table
     wanted = (*table.parameters, *table.buffers, *table.frozen)
     data = plain.build(
@@ -41,8 +41,12 @@ def export_state_dict(
     return [tensor.name for tensor in wanted]
 
 
-def _raw_tensors(run: Run, step: int) -> dict[str, bytes]:
-    """Raw bytes of every tensor in its true dtype, by name."""
+def read_state(run: Run, step: int) -> dict[str, bytes]:
+    """Raw little-endian bytes of every tensor at `step` in its true dtype, by stored name.
+
+    `UnknownNameError` where the step is not recorded, `DamagedError` where bytes are not as
+    committed.
+    """
     weights = run.stream(WEIGHTS)
     row = weights.row_of(step)
     values = weights.read(row)

@@ -14,7 +14,7 @@ import zarr
 from capture.store.arrays import read_small
 from capture.store.errors import RESTORE, DamagedError, InputError
 from capture.store.frozen import read_frozen
-from capture.store.layout import WEIGHTS, stream_folder
+from capture.store.layout import METADATA, WEIGHTS, stream_folder
 from capture.store.log import Commit
 from capture.store.reader import Run, Stream, open_run
 from capture.store.shard import ShardLayout
@@ -103,7 +103,10 @@ def _check_coordinates(run: Run, stream: Stream) -> None:
     expected = {"step": stream.steps, "epoch": stream.epochs}
     if stream.batches is not None:
         expected["batch"] = np.arange(stream.batches)
-    if stream.losses is not None:
+    # Made when the first row is flushed: it may not be there yet.
+    if stream.losses is not None and (
+        stream.finished or (run.path / folder / "loss" / METADATA).exists()
+    ):
         expected["loss"] = stream.losses
     for name, values in expected.items():
         stored = read_small(run.path, f"{folder}/{name}")

@@ -172,7 +172,7 @@ def test_export_writes_a_state_dict_that_loads_strictly(run):
     ("arguments", "code", "words"),
     [
         ("trian", 2, "no such command 'trian': did you mean 'train'? see capture --help"),
-        ("banana", 2, "the commands are train, plan, info, verify, export"),
+        ("banana", 2, "the commands are train, plan, probe, info, verify, export"),
         ("train --lrr 1", 2, "Did you mean"),
         ("train --task digits", 2, "missing option '--out'; see capture train --help"),
         ("train --out x.zarr", 2, "no task is given; give --task"),

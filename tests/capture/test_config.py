@@ -90,7 +90,7 @@ def test_the_shorter_of_epochs_and_max_steps_ends_the_training(flags, total):
         ('optimizer = "sgd"\nmomentum = 0.9', "sgd takes no momentum"),
         ('device = "banana"', "known are auto, cpu, cuda"),
         ('gradients = "minibatch,minibatch"', "named twice: minibatch"),
-        ('gradients = "fixed:10"', "no such gradient stream in this version: 'fixed:10'"),
+        ('gradients = "fixd:10"', "no such gradient stream: 'fixd:10'; did you mean 'fixed'"),
         ("model_args = 3", "model_args must be a table, found 3"),
         ("lr = inf", "lr must be finite: lr = inf"),
         (f"lr = 1{'0' * 400}", "lr must be finite"),
@@ -251,15 +251,23 @@ def test_streams_are_split_on_commas_but_not_within_their_schedules():
         StreamRequest("updates", "bursts:51:1,2,5"),
         StreamRequest("minibatch"),
     )
+    assert parse_streams("fixed:3,full:eval@epoch,heldout,shuffled-labels:2@every:100") == (
+        StreamRequest("fixed", None, 3),
+        StreamRequest("full-eval", "epoch"),
+        StreamRequest("heldout", None, 10),
+        StreamRequest("shuffled-labels", "every:100", 2),
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("minibach", "did you mean 'minibatch'"),
-        ("", "known are minibatch, updates, or none"),
-        ("none,updates", "known are minibatch, updates, or none"),
+        ("", "known are minibatch, updates, fixed,"),
+        ("none,updates", "known are minibatch, updates, fixed,"),
         ("minibatch:3", "has one batch per step"),
+        ("full:3", "has one batch per step"),
+        ("fixed:0", "number of batches must be a whole number from 1"),
         ("updates@evry:3", "did you mean 'every'"),
     ],
 )

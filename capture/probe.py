@@ -1,0 +1,216 @@
+"""Add gradient streams to a recorded run, from its stored weights, without training again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from capture.config import TrainConfig
+from capture.describe import DTYPE_NAMES, describe
+from capture.gradients import Probe
+from capture.progress import TrainingProgress
+from capture.schedule import parse_schedule
+from capture.staging import HostCopies
+from capture.store import (
+    MismatchError,
+    Run,
+    RunWriter,
+    Staging,
+    UnfinishedError,
+    UnknownNameError,
+    UsageError,
+    open_run,
+)
+from capture.store.export import read_state
+from capture.store.layout import WEIGHTS
+from capture.streams import PROBES, StreamRequest, parse_streams
+from capture.train import Training, deterministic, prepare
+
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a call of `probe_run` added: rows of each stream, those that were there not counted."""
+
+    rows: Mapping[str, int]
+
+
+def probe_run(
+    path: str | os.PathLike[str],
+    gradients: str,
+    *,
+    steps: Sequence[int] | None = None,
+    replace_streams: bool = False,
+    changes: Mapping[str, Any] | None = None,
+) -> Probed:
+    """Measure `gradients` at the saved weights of a complete run, w_T included.
+
+    A stream follows its own schedule where it has one, else every saved step; `steps` limits all of
+    them. What a call that was interrupted has added stays, and the same call goes on behind it.
+    `replace_streams` drops what there is first. `changes` are entries of `TrainConfig` that differ
+    here, such as `data_root`; a run of a user's own loop has none, and needs `task` and `model`.
+
+    Raises `UnfinishedError`, `UnknownNameError` for a step that is not saved, `MismatchError` where
+    model or batches are not those of the run, `UsageError` for streams that cannot be probed.
+    """
+    run = open_run(path)
+    if not run.complete:
+        raise UnfinishedError(
+            "the run has not finished", where=path, fix="finish it with --resume, then probe it"
+        )
+    requests = _requests(gradients)
+    config = _config(run, gradients, changes or {})
+    with deterministic(config.threads):
+        training = prepare(config)
+        table = describe(training.model, training.optimizer).table
+        difference = run.table.difference(table)
+        if difference is not None:
+            raise MismatchError(
+                f"the model is not that of the run, {difference}",
+                where=path,
+                fix="give the --model and --task that the run was trained with",
+            )
+        wanted = {r.name: _steps(run, r, training, steps) for r in requests}
+        with closing(RunWriter.reopen(path)) as writer:
+            if replace_streams:
+                for name in wanted:
+                    writer.remove_stream(name)
+            return _probe(run, writer, training, wanted)
+
+
+def _probe(
+    run: Run, writer: RunWriter, training: Training, wanted: Mapping[str, list[int]]
+) -> Probed:
+    todo = {n: _missing(writer, training.probes[n], n, steps) for n, steps in wanted.items()}
+    steps = sorted({step for missing in todo.values() for step in missing})
+    stagings = {name: writer.staging(name) for name in todo}
+    copies = HostCopies(run.table)
+    try:
+        with TrainingProgress(len(steps)) as progress:
+            for number, step in enumerate(steps, start=1):
+                load_weights(training.model, run, step)
+                for name, missing in todo.items():
+                    if step in missing:
+                        _add_row(run, writer, training.probes[name], step, stagings[name], copies)
+                progress.update(number, float("nan"), 0)
+    finally:
+        copies.close()
+    assert run.final_step is not None
+    writer.finish(run.final_step)
+    return Probed({name: len(missing) for name, missing in todo.items()})
+
+
+def _add_row(
+    run: Run, writer: RunWriter, probe: Probe, step: int, staging: Staging, copies: HostCopies
+) -> None:
+    """Measure and commit what is missing of one row: all batches, or those after a crash."""
+    weights = run.stream(WEIGHTS)
+    epoch = float(weights.epochs[weights.row_of(step)])
+    done = writer.committed_steps(probe.name).count(step)
+    batches: Sequence[int | None] = [None] if probe.batches is None else range(probe.batches)
+    for batch in batches[done:]:
+        found = probe.measure(batch)
+        copies.copy_parameters(staging, found.gradient)
+        writer.commit(
+            probe.name,
+            staging,
+            step=step,
+            epoch=None if epoch != epoch else epoch,
+            batch=batch,
+            loss=found.loss,
+        )
+
+
+def _missing(writer: RunWriter, probe: Probe, name: str, steps: Sequence[int]) -> list[int]:
+    """Steps that the stream does not hold yet; the stream is made where there is none.
+
+    Rows are in the order of their steps, so what is missing must lie behind what is there.
+    """
+    known = writer.attributes.get("probes", {})
+    if name in writer.attributes["streams"]:
+        if known.get(name) != probe.describe():
+            raise MismatchError(
+                f"the run has a stream {name!r} of other batches",
+                where=writer.path,
+                fix="give the same count, batch size and data seed, or --replace to drop it",
+            )
+    else:
+        writer.update_attributes(probes={**known, name: probe.describe()})
+    writer.add_stream(name, probe.batches)
+    held = writer.committed_steps(name)
+    whole = {step for step in held if held.count(step) == (probe.batches or 1)}
+    missing = [step for step in steps if step not in whole]
+    if missing and held and missing[0] < max(held):
+        raise UsageError(
+            f"the stream {name!r} goes up to step {max(held)}, and step {missing[0]} is missing",
+            where=writer.path,
+            fix="give later steps, or --replace to drop the stream and measure all anew",
+        )
+    return missing
+
+
+def load_weights(model: nn.Module, run: Run, step: int) -> None:
+    """Give the model its parameters and buffers as they were saved at `step`, to the bit."""
+    state = read_state(run, step)
+    table = run.table
+    with torch.no_grad():
+        mine = model.state_dict(keep_vars=True)
+        for tensor in (*table.parameters, *table.buffers, *table.frozen):
+            raw = torch.frombuffer(bytearray(state[tensor.name]), dtype=torch.uint8)
+            mine[tensor.name].copy_(raw.view(_DTYPES[tensor.dtype]).reshape(tensor.shape))
+
+
+def _requests(gradients: str) -> tuple[StreamRequest, ...]:
+    requests = parse_streams(gradients)
+    others = [request.name for request in requests if request.name not in PROBES]
+    if others or not requests:
+        raise UsageError(
+            "only gradients of other batches can be added to a run that is recorded",
+            where=others[0] if others else gradients,
+            fix=f"choose among {', '.join(PROBES)}",
+        )
+    return requests
+
+
+def _config(run: Run, gradients: str, changes: Mapping[str, Any]) -> TrainConfig:
+    stored = dict(run.attributes.get("config") or {})
+    if not stored and "task" not in changes:
+        raise UsageError(
+            "the run was recorded by a loop of your own, so its task is not known",
+            where=run.path,
+            fix="give --task module:factory and --model module:factory",
+        )
+    config = TrainConfig.from_dict({**stored, **changes}, where=str(run.path))
+    limit = config.max_steps if stored else config.max_steps or run.final_step or 1
+    return replace(config, gradients=gradients, max_steps=limit, device="cpu")
+
+
+def _steps(
+    run: Run, request: StreamRequest, training: Training, chosen: Sequence[int] | None
+) -> list[int]:
+    """Saved steps at which a stream is measured, ascending."""
+    saved = [int(step) for step in run.stream(WEIGHTS).steps]
+    if chosen is not None:
+        if unknown := sorted(set(chosen) - set(saved)):
+            nearest = min(saved, key=lambda step: abs(step - unknown[0]))
+            raise UnknownNameError(
+                f"no weights are saved at step {unknown[0]}",
+                where=run.path,
+                fix=f"the nearest is {nearest}; capture info --json lists all",
+            )
+        saved = sorted(set(chosen))
+    if request.schedule is None:
+        return saved
+    schedule = parse_schedule(
+        request.schedule,
+        total_steps=run.final_step,
+        steps_per_epoch=training.order.steps_per_epoch,
+    )
+    return [step for step in saved if schedule.due(step) or step == run.final_step]
