@@ -15,7 +15,12 @@ from capture.store.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-TASKS = {"digits": "capture.tasks.digits:digits"}
+TASKS = {
+    "digits": "capture.tasks.digits:digits",
+    "cifar10": "capture.tasks.cifar10:cifar10",
+    "fashion-mnist": "capture.tasks.fashion_mnist:fashion_mnist",
+    "imagenet": "capture.tasks.imagenet:imagenet",
+}
 
 
 class MapDataset(Protocol):
