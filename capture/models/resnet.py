@@ -128,7 +128,7 @@ def resnet18(
     channels: int = 64,
     stem: str | None = None,
 ) -> ResNet:
-    """Make ResNet-18 (11,173,962 parameters for CIFAR-10); by default the image decides on the stem."""
+    """Make ResNet-18, 11,173,962 parameters for CIFAR-10; the image decides on the stem."""
     return _named(18, input_shape, num_classes, width, channels, stem)
 
 
@@ -140,7 +140,7 @@ def resnet50(
     channels: int = 64,
     stem: str | None = None,
 ) -> ResNet:
-    """Make ResNet-50 (25,557,032 parameters for ImageNet); by default the image decides on the stem."""
+    """Make ResNet-50, 25,557,032 parameters for ImageNet; the image decides on the stem."""
     return _named(50, input_shape, num_classes, width, channels, stem)
 
 
@@ -152,7 +152,7 @@ def resnet152(
     channels: int = 64,
     stem: str | None = None,
 ) -> ResNet:
-    """Make ResNet-152 (60,192,808 parameters for ImageNet); by default the image decides on the stem."""
+    """Make ResNet-152, 60,192,808 parameters for ImageNet; the image decides on the stem."""
     return _named(152, input_shape, num_classes, width, channels, stem)
 
 

@@ -12,7 +12,7 @@ def require_folder(task: str, data_root: str | None) -> Path:
     if data_root is None:
         raise UsageError(
             f"the task {task} needs the folder of its files",
-            fix=f"give --data-root DIR; data/{task}/prepare.py brings them there",
+            fix=f"give --data-root DIR; data/{task}/prepare.py fills one",
         )
     if not Path(data_root).is_dir():
         raise InputError("no such folder", where=data_root, fix=advice(task))
@@ -31,5 +31,5 @@ def unreadable(task: str, reason: str, path: Path) -> InputError:
 
 
 def advice(task: str) -> str:
-    """What to do about files that are not there."""
-    return f"data/{task}/prepare.py --root DIR brings them there"
+    """Say what to do about files that are not there."""
+    return f"run data/{task}/prepare.py --root DIR, which fetches them or says how to get them"
