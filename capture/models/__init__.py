@@ -17,7 +17,13 @@ from capture.store.errors import UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-MODELS = {"mlp": "capture.models.mlp:mlp", "resnet": "capture.models.resnet:resnet"}
+MODELS = {
+    "mlp": "capture.models.mlp:mlp",
+    "resnet": "capture.models.resnet:resnet",
+    "resnet18": "capture.models.resnet:resnet18",
+    "resnet50": "capture.models.resnet:resnet50",
+    "resnet152": "capture.models.resnet:resnet152",
+}
 
 
 def build_model(

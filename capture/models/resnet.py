@@ -66,6 +66,10 @@ DEPTHS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] =
 }
 
 
+# Up to this many pixels a side, an image keeps its size through the stem.
+SMALL_IMAGE = 64
+
+
 class ResNet(nn.Module):
     """A stem, stages of residual blocks that halve the image and double the channels, a head."""
 
@@ -114,6 +118,56 @@ def resnet(
     require_whole("channels", channels, 1)
     require_whole("channels * width, rounded,", round(channels * width), 1)
     return ResNet(input_shape[0], num_classes, depth, round(channels * width), stem)
+
+
+def resnet18(
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    width: float = 1.0,
+    channels: int = 64,
+    stem: str | None = None,
+) -> ResNet:
+    """Make ResNet-18, 11,173,962 parameters for CIFAR-10; the image decides on the stem."""
+    return _named(18, input_shape, num_classes, width, channels, stem)
+
+
+def resnet50(
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    width: float = 1.0,
+    channels: int = 64,
+    stem: str | None = None,
+) -> ResNet:
+    """Make ResNet-50, 25,557,032 parameters for ImageNet; the image decides on the stem."""
+    return _named(50, input_shape, num_classes, width, channels, stem)
+
+
+def resnet152(
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    width: float = 1.0,
+    channels: int = 64,
+    stem: str | None = None,
+) -> ResNet:
+    """Make ResNet-152, 60,192,808 parameters for ImageNet; the image decides on the stem."""
+    return _named(152, input_shape, num_classes, width, channels, stem)
+
+
+def _named(
+    depth: int,
+    input_shape: Sequence[int],
+    num_classes: int,
+    width: float,
+    channels: int,
+    stem: str | None,
+) -> ResNet:
+    fitting = "small" if max(input_shape[1:]) <= SMALL_IMAGE else "large"
+    return resnet(
+        input_shape, num_classes, width=width, depth=depth, channels=channels, stem=stem or fitting
+    )
 
 
 def _stem(channels_in: int, channels: int, kind: str) -> nn.Sequential:

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
     from capture.batches import Augment
 
-TASKS = {"digits": "capture.tasks.digits:digits"}
+TASKS = {
+    "digits": "capture.tasks.digits:digits",
+    "cifar10": "capture.tasks.cifar10:cifar10",
+    "fashion-mnist": "capture.tasks.fashion_mnist:fashion_mnist",
+    "imagenet": "capture.tasks.imagenet:imagenet",
+}
 
 
 class MapDataset(Protocol):

@@ -24,8 +24,15 @@ def count(model):
         ("resnet", CIFAR10, 1, {"depth": 18, "channels": 64}, 11_173_962),
         ("resnet", CIFAR10, 2, {"depth": 18, "channels": 64}, 44_662_922),
         ("resnet", IMAGENET, 3, {"depth": 18, "channels": 64, "stem": "large"}, 102_011_560),
-        ("resnet", IMAGENET, 2, {"depth": 50, "channels": 64, "stem": "large"}, 98_004_072),
-        ("resnet", IMAGENET, 0.5, {"depth": 152, "channels": 64, "stem": "large"}, 15_601_160),
+        ("resnet18", CIFAR10, 1, {}, 11_173_962),
+        ("resnet18", CIFAR10, 2, {}, 44_662_922),
+        ("resnet18", IMAGENET, 1, {}, 11_689_512),
+        ("resnet18", IMAGENET, 2, {}, 45_693_032),
+        ("resnet18", IMAGENET, 3, {}, 102_011_560),
+        ("resnet50", IMAGENET, 1, {}, 25_557_032),
+        ("resnet50", IMAGENET, 2, {}, 98_004_072),
+        ("resnet152", IMAGENET, 0.5, {}, 15_601_160),
+        ("resnet152", IMAGENET, 1, {}, 60_192_808),
     ],
 )
 def test_parameter_counts_of_the_paper(name, task_args, width, model_args, parameters):
@@ -44,6 +51,15 @@ def test_a_model_maps_digits_to_logits_and_width_widens_it(name):
 def test_a_large_stem_shrinks_the_image_to_a_quarter():
     model = build_model("resnet", DIGITS, model_args={"stem": "large"})
     assert model.stem(torch.zeros(2, 1, 64, 64)).shape == (2, 16, 16, 16)
+
+
+@pytest.mark.parametrize(("pixels", "after"), [(32, 32), (64, 64), (65, 17), (224, 56)])
+def test_the_image_decides_on_the_stem_of_a_named_resnet(pixels, after):
+    args = {"input_shape": (3, pixels, pixels), "num_classes": 2}
+    image = torch.zeros(1, 3, pixels, pixels)
+    assert build_model("resnet18", args, width=1 / 16).stem(image).shape == (1, 4, after, after)
+    small = build_model("resnet18", args, model_args={"stem": "small", "channels": 4})
+    assert small.stem(image).shape == (1, 4, pixels, pixels)
 
 
 def test_the_weights_follow_the_seed():
