@@ -17,7 +17,11 @@ from capture.store.errors import UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-MODELS = {"mlp": "capture.models.mlp:mlp", "resnet": "capture.models.resnet:resnet"}
+MODELS = {
+    "mlp": "capture.models.mlp:mlp",
+    "resnet": "capture.models.resnet:resnet",
+    "transformer": "capture.models.transformer:transformer",
+}
 
 
 def build_model(

@@ -15,7 +15,11 @@ from capture.store.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-TASKS = {"digits": "capture.tasks.digits:digits"}
+TASKS = {
+    "digits": "capture.tasks.digits:digits",
+    "stdlib-text": "capture.tasks.stdlib_text:stdlib_text",
+    "wikitext2": "capture.tasks.wikitext2:wikitext2",
+}
 
 
 class MapDataset(Protocol):
