@@ -23,6 +23,7 @@ MODELS = {
     "resnet18": "capture.models.resnet:resnet18",
     "resnet50": "capture.models.resnet:resnet50",
     "resnet152": "capture.models.resnet:resnet152",
+    "transformer": "capture.models.transformer:transformer",
 }
 
 

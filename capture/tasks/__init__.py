@@ -22,6 +22,8 @@ TASKS = {
     "cifar10": "capture.tasks.cifar10:cifar10",
     "fashion-mnist": "capture.tasks.fashion_mnist:fashion_mnist",
     "imagenet": "capture.tasks.imagenet:imagenet",
+    "stdlib-text": "capture.tasks.stdlib_text:stdlib_text",
+    "wikitext2": "capture.tasks.wikitext2:wikitext2",
 }
 
 
