@@ -17,7 +17,12 @@ from capture.store.errors import UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-MODELS = {"mlp": "capture.models.mlp:mlp", "resnet": "capture.models.resnet:resnet"}
+MODELS = {
+    "mlp": "capture.models.mlp:mlp",
+    "resnet": "capture.models.resnet:resnet",
+    "segnet": "capture.models.segnet:segnet",
+    "unet": "capture.models.unet:unet",
+}
 
 
 def build_model(
