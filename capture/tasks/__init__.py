@@ -15,7 +15,11 @@ from capture.store.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-TASKS = {"digits": "capture.tasks.digits:digits"}
+TASKS = {
+    "camvid": "capture.tasks.camvid:camvid",
+    "digits": "capture.tasks.digits:digits",
+    "vaihingen": "capture.tasks.vaihingen:vaihingen",
+}
 
 
 class MapDataset(Protocol):
