@@ -24,6 +24,8 @@ MODELS = {
     "resnet50": "capture.models.resnet:resnet50",
     "resnet152": "capture.models.resnet:resnet152",
     "transformer": "capture.models.transformer:transformer",
+    "segnet": "capture.models.segnet:segnet",
+    "unet": "capture.models.unet:unet",
 }
 
 

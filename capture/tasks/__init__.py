@@ -24,6 +24,8 @@ TASKS = {
     "imagenet": "capture.tasks.imagenet:imagenet",
     "stdlib-text": "capture.tasks.stdlib_text:stdlib_text",
     "wikitext2": "capture.tasks.wikitext2:wikitext2",
+    "camvid": "capture.tasks.camvid:camvid",
+    "vaihingen": "capture.tasks.vaihingen:vaihingen",
 }
 
 
