@@ -31,33 +31,51 @@ Augment = Callable[[Any, np.random.Generator], Any]
 class BatchOrder(Sampler[list[int]]):
     """The sample indices of the batches `start` to `stop`, across epochs.
 
-    Each epoch is a new permutation of all samples; its last partial batch is dropped.
+    Each epoch is a new permutation of all samples but those of `without`; its last partial batch
+    is dropped.
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, seed: int, *, start: int = 0, stop: int = 0
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        *,
+        start: int = 0,
+        stop: int = 0,
+        without: frozenset[int] = frozenset(),
     ) -> None:
-        if num_samples < batch_size:
+        if num_samples - len(without) < batch_size:
             raise UsageError(
-                f"a batch of {batch_size} does not fit into {num_samples} training samples",
+                f"a batch of {batch_size} does not fit into {num_samples - len(without)} training "
+                "samples",
                 fix="give a smaller --batch-size",
             )
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.start, self.stop = start, stop
+        self.start, self.stop, self.without = start, stop, without
 
     def between(self, start: int, stop: int) -> BatchOrder:
         """Return the part from batch `start` up to, not including, batch `stop`."""
-        return BatchOrder(self.num_samples, self.batch_size, self.seed, start=start, stop=stop)
+        return BatchOrder(
+            self.num_samples,
+            self.batch_size,
+            self.seed,
+            start=start,
+            stop=stop,
+            without=self.without,
+        )
 
     @property
     def steps_per_epoch(self) -> int:
         """Full batches in one pass through the samples."""
-        return self.num_samples // self.batch_size
+        return (self.num_samples - len(self.without)) // self.batch_size
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """All batches of one epoch."""
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         order = torch.randperm(self.num_samples, generator=generator).tolist()
+        if self.without:
+            order = [index for index in order if index not in self.without]
         size = self.batch_size
         return [order[i * size : (i + 1) * size] for i in range(self.steps_per_epoch)]
 

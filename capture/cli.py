@@ -41,6 +41,13 @@ def training_options(function: Decorated) -> Decorated:
             ("--data-root", click.Path(), "Folder that holds the data files."),
             ("--seed", int, "Initialisation. Default: 0."),
             ("--data-seed", int, "Order of the data. Default: as --seed."),
+            (
+                "--branch",
+                str,
+                "RUN@STEP: go on from there as a new run, with the settings of RUN where none "
+                "are given here.",
+            ),
+            ("--exclude-batch", int, "Leave out the samples of this update of RUN."),
         ),
         _options(
             "How",
@@ -77,6 +84,7 @@ def training_options(function: Decorated) -> Decorated:
                 "@SCHEDULE if wanted. Default: minibatch.",
             ),
             ("--checkpoint-every", int, "Save a resume state every K steps. Default: per epoch."),
+            ("--keep-state", str, "Keep resume states for branches: every:N, or as --every."),
         ),
     ]
     for decorate in reversed(decorators):

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from capture.arguments import require_json
 from capture.optimizers import DEFAULT_MOMENTUM, HEAVY_BALL, OPTIMIZERS
+from capture.schedule import parse_schedule
 from capture.store.errors import UsageError
 from capture.streams import parse_streams
 
@@ -34,7 +35,7 @@ MOST = {
 MAX_TOTAL_STEPS = 10**9
 
 # What a resumed run may change, since it cannot change a bit of the result.
-FREE_ON_RESUME = ("data_root", "workers", "checkpoint_every")
+FREE_ON_RESUME = ("data_root", "workers", "checkpoint_every", "keep_state")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ class TrainConfig:
     device: str = "auto"
     data_root: str | None = None
     checkpoint_every: int | None = None  # in steps; default: once per epoch
+    keep_state: str | None = None  # schedule of resume states that are kept, for branches
+    branch: str | None = None  # RUN@STEP to go on from
+    exclude_batch: int | None = None  # update of the parent whose samples a branch leaves out
     workers: int = 0  # processes that load data
     threads: int | None = None  # of torch; default: torch's own choice
 
@@ -69,6 +73,7 @@ class TrainConfig:
         _choice("device", self.device, DEVICES)
         _at_least(self, 1, "batch_size", "epochs", "max_steps", "checkpoint_every", "threads")
         _at_least(self, 0, "lr", "momentum", "weight_decay", "seed", "data_seed", "workers")
+        _at_least(self, 0, "exclude_batch")
         _finite_and_bounded(self)
         if not self.width > 0:
             raise UsageError("width must be above 0", where=f"width = {self.width}")
@@ -83,6 +88,14 @@ class TrainConfig:
         for key in ("task_args", "model_args"):
             require_json(key, getattr(self, key))
         parse_streams(self.gradients)
+        if self.keep_state is not None:
+            parse_schedule(self.keep_state, total_steps=1)
+        if self.exclude_batch is not None and self.branch is None:
+            raise UsageError(
+                "only a branch leaves out a batch",
+                where=f"exclude_batch = {self.exclude_batch}",
+                fix="give --branch RUN@STEP too",
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str | None = None) -> Self:
@@ -146,12 +159,21 @@ class TrainConfig:
 def read_config(
     file: str | PathLike[str] | None = None, flags: Mapping[str, Any] | None = None
 ) -> TrainConfig:
-    """Read a TOML file, put the flags that are not `None` over it, and check the whole."""
+    """Read a TOML file, put the flags that are not `None` over it, and check the whole.
+
+    A branch has its parent's configuration under both.
+    """
     values = {} if file is None else _read_toml(file)
     if file is not None:
         # Checked by itself first, so that the message names the file.
-        TrainConfig.from_dict({"task": "", **values}, where=str(file))
+        TrainConfig.from_dict({"task": "", "branch": "", **values}, where=str(file))
     given = {key: value for key, value in (flags or {}).items() if value is not None}
+    branch = given.get("branch", values.get("branch"))
+    if isinstance(branch, str):
+        # Imported here because it brings torch along.
+        from capture.branch import inherited
+
+        values = {**inherited(branch), **values}
     return TrainConfig.from_dict({**values, **given})
 
 

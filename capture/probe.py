@@ -8,11 +8,8 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import nn
-
 from capture.config import TrainConfig
-from capture.describe import DTYPE_NAMES, describe
+from capture.describe import describe
 from capture.gradients import Probe
 from capture.progress import TrainingProgress
 from capture.schedule import parse_schedule
@@ -27,12 +24,10 @@ from capture.store import (
     UsageError,
     open_run,
 )
-from capture.store.export import read_state
 from capture.store.layout import WEIGHTS
+from capture.stored_weights import load_weights
 from capture.streams import PROBES, StreamRequest, parse_streams
 from capture.train import Training, deterministic, prepare
-
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -156,17 +151,6 @@ def _missing(writer: RunWriter, probe: Probe, name: str, steps: Sequence[int]) -
     return missing
 
 
-def load_weights(model: nn.Module, run: Run, step: int) -> None:
-    """Give the model its parameters and buffers as they were saved at `step`, to the bit."""
-    state = read_state(run, step)
-    table = run.table
-    with torch.no_grad():
-        mine = model.state_dict(keep_vars=True)
-        for tensor in (*table.parameters, *table.buffers, *table.frozen):
-            raw = torch.frombuffer(bytearray(state[tensor.name]), dtype=torch.uint8)
-            mine[tensor.name].copy_(raw.view(_DTYPES[tensor.dtype]).reshape(tensor.shape))
-
-
 def _requests(gradients: str) -> tuple[StreamRequest, ...]:
     requests = parse_streams(gradients)
     others = [request.name for request in requests if request.name not in PROBES]
@@ -189,7 +173,13 @@ def _config(run: Run, gradients: str, changes: Mapping[str, Any]) -> TrainConfig
         )
     config = TrainConfig.from_dict({**stored, **changes}, where=str(run.path))
     limit = config.max_steps if stored else config.max_steps or run.final_step or 1
-    return replace(config, gradients=gradients, max_steps=limit, device="cpu")
+    return replace(
+        config,
+        gradients=gradients,
+        max_steps=limit,
+        branch=None,
+        exclude_batch=None,
+    )
 
 
 def _steps(

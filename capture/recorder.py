@@ -43,7 +43,7 @@ from capture.opening import (
 )
 from capture.ranks import require_rank
 from capture.resume import Moment, ResumeStates, Stateful
-from capture.schedule import Schedule
+from capture.schedule import Schedule, parse_schedule
 from capture.snapshots import (
     Snapshots,
     Source,
@@ -76,6 +76,7 @@ class Recorder:
         attributes: Entries for the run's attributes (config, seeds, …); JSON values, under names
             that the run does not use itself.
         checkpoint_every: Save a resume state after every so many updates.
+        keep_state: After which updates a resume state is kept for good, for branches; as `every`.
         state: Objects with ``state_dict()`` and ``load_state_dict()`` that a resumed loop needs as
             they were, as in ``{"scheduler": scheduler, "scaler": scaler}``: saved in every resume
             state, and loaded by `resume`. Step schedulers after the optimizer, as torch asks: an
@@ -122,6 +123,7 @@ class Recorder:
         steps_per_epoch: int | None = None,
         attributes: Mapping[str, Any] | None = None,
         checkpoint_every: int | None = None,
+        keep_state: int | str | None = None,
         state: Mapping[str, Stateful] | None = None,
         resume: bool = False,
         clipped: bool | None = None,
@@ -133,6 +135,13 @@ class Recorder:
         self.restored: dict[str, Any] | None = None
         self._steps_per_epoch = steps_per_epoch
         self._checkpoint_every = checkpoint_every
+        self._keep = (
+            None
+            if keep_state is None
+            else parse_schedule(
+                keep_state, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+            )
+        )
         self._unclipped = 1.0 if clipped is False else math.nan
         self._epoch: float | None = None
         self._logged: dict[str, float | Tensor] = {}
@@ -204,7 +213,7 @@ class Recorder:
         far is on disk before the state is.
         """
         if self._snapshots is not None and self._recording:
-            self._states.save(Moment(self.step, self._epoch), extra)
+            self._states.save(Moment(self.step, self._epoch, self._is_kept()), extra)
 
     @property
     def bytes_written(self) -> int:
@@ -269,8 +278,11 @@ class Recorder:
             self._snapshots.end(self._update, logged)
         self.step += 1
         due = self._checkpoint_every and self.step % self._checkpoint_every == 0
-        if due and self._snapshots is not None:
-            self._states.begin(self.step, self._epoch)
+        if (due or self._is_kept()) and self._snapshots is not None:
+            self._states.begin(self.step, self._epoch, self._is_kept())
+
+    def _is_kept(self) -> bool:
+        return self._keep is not None and self._keep.due(self.step)
 
     def _is_skipped(self) -> bool:
         """Whether a fused optimizer leaves the weights alone: its GradScaler found Inf or NaN."""

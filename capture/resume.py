@@ -29,11 +29,13 @@ class Stateful(Protocol):
 class Moment:
     """What the iteration after update `step` changes before it comes to its own update.
 
-    `beside` holds the entries of the model's `state_dict` that are no parameters.
+    `keep` says that it is kept for branches too, `beside` holds the entries of the model's
+    `state_dict` that are no parameters.
     """
 
     step: int
     epoch: float | None
+    keep: bool = False
     rng: Mapping[str, Any] = field(default_factory=rng_state)
     beside: Mapping[str, Any] = field(default_factory=dict)
 
@@ -54,20 +56,20 @@ class ResumeStates:
         self._snapshots = snapshots
         self._begun: Moment | None = None
 
-    def begin(self, step: int, epoch: float | None) -> None:
+    def begin(self, step: int, epoch: float | None, keep: bool = False) -> None:
         """Take a state after update `step`, within the optimizer's own call.
 
         A loop steps its scheduler and updates its `GradScaler` only after that, so where there are
         such objects the state is finished when the next update begins, by `finish`.
         """
         if not self._objects:
-            self.save(Moment(step, epoch), {})
+            self.save(Moment(step, epoch, keep), {})
             return
         model = self._seen.model
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         state = model.state_dict()
         beside = {n: copy.deepcopy(value) for n, value in state.items() if n not in parameters}
-        self._begun = Moment(step, epoch, beside=beside)
+        self._begun = Moment(step, epoch, keep, beside=beside)
 
     def finish(self) -> None:
         """Save what `begin` took, if anything; called before weights or optimizer change."""
@@ -91,6 +93,8 @@ class ResumeStates:
             "extra": extra,
         }
         save(self._writer.state_folder, moment.step, tree)
+        if moment.keep:
+            save(self._writer.state_folder, moment.step, tree, keep=True)
 
     def restore(self, step: int, tree: Mapping[str, Any]) -> None:
         """Drop what was recorded after `step` updates, and put everything back as it was then."""

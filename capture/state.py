@@ -25,21 +25,27 @@ from safetensors.torch import save as serialize_tensors
 
 from capture.describe import DTYPE_NAMES
 from capture.store.errors import DamagedError, UsageError
-from capture.store.files import read_confined, remove, write_durably
+from capture.store.files import make_folders, read_confined, remove, write_durably
 
 STATE_VERSION = 1
 KEPT = 2
+KEPT_FOLDER = "kept"
 _NAME = re.compile(r"(\d{9,})\.json")
 _DATA_NAME = re.compile(r"\d{9,}-[0-9a-f]{8}\.safetensors")
 
 
-def save(folder: Path, step: int, tree: Any) -> None:
+def save(folder: Path, step: int, tree: Any, *, keep: bool = False) -> None:
     """Commit the state after `step` updates; afterwards it is one of the two newest.
+
+    `keep` puts it into the subfolder `kept` instead, from where nothing is ever removed.
 
     `tree` nests dicts (any plain keys), lists, tuples, Counters, numbers, text, `None`, tensors and
     numpy arrays. States of later steps belong to a path that was given up: they are removed.
     Raises `UsageError` naming the place of anything else, `WriteError` where the disk refuses.
     """
+    if keep:
+        folder = folder / KEPT_FOLDER
+        make_folders(folder, folder.parent)
     encoder = _Encoder()
     document = encoder.encode(tree, "state")
     data = serialize_tensors(encoder.tensors)
@@ -51,7 +57,18 @@ def save(folder: Path, step: int, tree: Any) -> None:
     body = _canonical({**entry, "crc32c": checksum, "tree": document})
     line = f'{{"crc32c":"{crc32c(body):08x}","state":'.encode() + body + b"}\n"
     write_durably(folder / f"{step:09d}.json", line, folder)
-    _remove_others(folder, step)
+    if not keep:
+        _remove_others(folder, step)
+
+
+def kept_steps(folder: Path) -> list[int]:
+    """Steps of the states that are kept for branches, ascending."""
+    return sorted(step for step, _ in _listed(folder / KEPT_FOLDER))
+
+
+def load_kept(folder: Path, step: int) -> Any:
+    """Load a state that was kept; `DamagedError` where it is not as it was saved."""
+    return _load(folder / KEPT_FOLDER, f"{step:09d}.json", step)
 
 
 def load_newest(folder: Path) -> tuple[int, Any, list[str]] | None:

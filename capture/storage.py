@@ -64,6 +64,7 @@ def plan_storage(
     total_steps: int,
     steps_per_epoch: int,
     optimizer: str,
+    keep_state: str | None = None,
 ) -> Storage:
     """Count what a training of `total_steps` updates of the tensors of `table` will save."""
 
@@ -85,6 +86,12 @@ def plan_storage(
     batches = {name: requests[name].batches if name in requests else None for name in rows}
     for name in rows:
         rows[name] += name == WEIGHTS or name in PROBES  # the final iterate
+    kept = 0
+    if keep_state is not None:
+        keeping = parse_schedule(
+            keep_state, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+        )
+        kept = int(np.count_nonzero(keeping.mask(total_steps)))
     groups, tensors = 1, len(table.parameters)
     scalars = 8 * total_steps * (6 + 3 * groups + 2 * tensors)
     model = sum(tensor.nbytes for tensor in (*table.parameters, *table.buffers, *table.frozen))
@@ -93,7 +100,7 @@ def plan_storage(
         rows=rows,
         shard_bytes={name: ShardLayout(name, table, batches[name]).size for name in rows},
         shards={name: batches[name] or 1 for name in rows},
-        other_bytes=scalars + STATES * state,
+        other_bytes=scalars + (STATES + kept) * state,
     )
 
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from capture.batches import BatchOrder, load_batches, mix
+from capture.branch import Branch, open_branch
 from capture.config import TrainConfig
 from capture.describe import check_parameters, describe
 from capture.factories import user_code
@@ -47,6 +48,12 @@ class Training:
     rate: LearningRate
     device: torch.device
     total_steps: int
+    branch: Branch | None = None
+
+    @property
+    def offset(self) -> int:
+        """Updates before the first one of this run: 0, but for a branch."""
+        return 0 if self.branch is None else self.branch.position
 
     @cached_property
     def probes(self) -> dict[str, Probe]:
@@ -70,6 +77,7 @@ class Training:
             total_steps=self.total_steps,
             steps_per_epoch=self.order.steps_per_epoch,
             optimizer=self.config.optimizer,
+            keep_state=self.config.keep_state,
         )
 
 
@@ -95,9 +103,20 @@ def prepare(config: TrainConfig) -> Training:
     assert config.lr is not None
     assert config.data_seed is not None
 
-    order = BatchOrder(len(task.train), config.batch_size, config.data_seed)
-    total_steps = config.total_steps(order.steps_per_epoch)
-    rate = learning_rate(config.lr_schedule, config.lr, total_steps, order.steps_per_epoch)
+    branch = open_branch(config.branch) if config.branch else None
+    samples, position = len(task.train), 0 if branch is None else branch.position
+    without = frozenset() if branch is None else branch.excluded(samples, config.exclude_batch)
+    order = BatchOrder(samples, config.batch_size, config.data_seed, without=without)
+    # The learning rate of a branch is that of its parent, which leaves nothing out.
+    steps_per_epoch = samples // config.batch_size
+    end = config.total_steps(steps_per_epoch)
+    if end <= position:
+        raise UsageError(
+            f"the training ends after {end} steps, and the branch begins at {position}",
+            where=f"branch = {config.branch}",
+            fix="give more --epochs or --max-steps, or an earlier step",
+        )
+    rate = learning_rate(config.lr_schedule, config.lr, end, steps_per_epoch)
 
     # The seed decides the initialisation, the data seed everything random after it (dropout).
     torch.manual_seed(config.seed)
@@ -114,7 +133,9 @@ def prepare(config: TrainConfig) -> Training:
         momentum=config.momentum or 0.0,
         weight_decay=config.weight_decay,
     )
-    return Training(config, task, order, model, optimizer, rate, device, total_steps)
+    if branch is not None:
+        branch.load(model, optimizer, config.data_seed)
+    return Training(config, task, order, model, optimizer, rate, device, end - position, branch)
 
 
 def train(
@@ -131,7 +152,9 @@ def train(
         training = prepare(config)
         config, model, optimizer = training.config, training.model, training.optimizer
         order, total = training.order, training.total_steps
-        attributes = run_attributes(config)
+        attributes, offset = run_attributes(config), training.offset
+        if training.branch is not None:
+            attributes["parent"] = training.branch.describe(config.exclude_batch)
         if resume and (out / METADATA).exists():
             require_same(out, attributes)
         if not force:
@@ -150,6 +173,7 @@ def train(
                 steps_per_epoch=order.steps_per_epoch,
                 attributes=attributes,
                 checkpoint_every=config.checkpoint_every or order.steps_per_epoch,
+                keep_state=config.keep_state,
                 resume=resume,
                 clipped=False,
                 sources=training.probes,
@@ -157,7 +181,8 @@ def train(
             TrainingProgress(total, recorder.step) as progress,
         ):
             already_complete = recorder.complete
-            batches = order.between(recorder.step, total)
+            batches = order.between(recorder.step + offset, total + offset)
+            recorder.epoch = (recorder.step + offset) / order.steps_per_epoch
             model.train()
             loader = load_batches(
                 training.task.train,
@@ -168,9 +193,10 @@ def train(
             )
             for batch_loss in losses(training, loader):
                 for group in optimizer.param_groups:
-                    group["lr"] = training.rate(recorder.step)
+                    group["lr"] = training.rate(recorder.step + offset)
                 recorder.log(loss=batch_loss)
                 optimizer.step()
+                recorder.epoch = (recorder.step + offset) / order.steps_per_epoch
 
                 loss = batch_loss.item()
                 if not math.isfinite(loss) and not warned:

@@ -17,7 +17,7 @@ from capture import Recorder
 from capture.config import read_config
 from capture.gradients import Probe, undisturbed
 from capture.models import build_model
-from capture.probe import load_weights, probe_run
+from capture.probe import probe_run
 from capture.store import (
     MismatchError,
     RunWriter,
@@ -27,6 +27,7 @@ from capture.store import (
     open_run,
     verify_run,
 )
+from capture.stored_weights import load_weights
 from capture.streams import parse_streams
 from capture.tasks import build_task
 from capture.train import train
