@@ -46,8 +46,9 @@ class Cifar10(Classification):
         pixels, classes = read_cifar10(folder)
         images, labels = torch.from_numpy(pixels), torch.from_numpy(classes)
         train, heldout = split_of(len(labels), TRAIN_SHARE, SPLIT_SEED)
-        moments = channel_moments(images[train])
-        self.train = ByteImages(images[train], labels[train], *moments)
+        shown = images[train]
+        moments = channel_moments(shown)
+        self.train = ByteImages(shown, labels[train], *moments)
         self.heldout = ByteImages(images[heldout], labels[heldout], *moments)
 
     def augment(

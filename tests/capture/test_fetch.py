@@ -7,9 +7,7 @@ import hashlib
 import io
 import tarfile
 import zipfile
-from functools import partial
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
@@ -17,11 +15,6 @@ from capture.fetch import fetch, unpack
 from capture.store.errors import InputError, UsageError, WriteError
 
 CONTENT = bytes(range(256)) * 3000  # more than one chunk
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
 
 
 class Truncating(BaseHTTPRequestHandler):
@@ -37,34 +30,18 @@ class Truncating(BaseHTTPRequestHandler):
         pass
 
 
-def serving(handler):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
 @pytest.fixture
-def site(tmp_path):
+def address(site):
     """The address of a server of one file, `data.bin`."""
-    folder = tmp_path / "site"
-    folder.mkdir()
+    folder, address = site
     (folder / "data.bin").write_bytes(CONTENT)
-    yield from serving(partial(Quiet, directory=folder))
+    return address
 
 
-@pytest.fixture
-def truncating_site():
-    yield from serving(Truncating)
-
-
-def test_a_file_arrives_whole_and_checked(site, tmp_path):
+def test_a_file_arrives_whole_and_checked(address, tmp_path):
     target = tmp_path / "new" / "data.bin"
     sha256, md5 = (hashlib.new(name, CONTENT).hexdigest() for name in ("sha256", "md5"))
-    assert fetch(f"{site}/data.bin", target, sha256, md5=md5.upper()) == target
+    assert fetch(f"{address}/data.bin", target, sha256, md5=md5.upper()) == target
     assert target.read_bytes() == CONTENT
     assert list(target.parent.iterdir()) == [target]
 
@@ -76,26 +53,26 @@ def test_a_file_on_this_machine_is_fetched_alike(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["sha256", "md5"])
-def test_a_wrong_checksum_leaves_what_was_there(site, tmp_path, kind):
+def test_a_wrong_checksum_leaves_what_was_there(address, tmp_path, kind):
     target = tmp_path / "out" / "data.bin"
     target.parent.mkdir()
     target.write_bytes(b"before")
     right = hashlib.new(kind, CONTENT).hexdigest()
     with pytest.raises(InputError, match=f"{kind} is {right}, expected 00: http.*another --url"):
-        fetch(f"{site}/data.bin", target, **{kind: "00"})
+        fetch(f"{address}/data.bin", target, **{kind: "00"})
     assert target.read_bytes() == b"before"
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_a_connection_that_ends_early_leaves_nothing(truncating_site, tmp_path):
+def test_a_connection_that_ends_early_leaves_nothing(serve, tmp_path):
     with pytest.raises(InputError, match="ended after 10 of 1,000 bytes"):
-        fetch(f"{truncating_site}/data.bin", tmp_path / "data.bin")
+        fetch(f"{serve(Truncating)}/data.bin", tmp_path / "data.bin")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_not_there_is_said_in_one_line(site, tmp_path):
+def test_what_is_not_there_is_said_in_one_line(address, tmp_path):
     with pytest.raises(InputError, match=r"the server answers 404 .*: http.*/other; try again"):
-        fetch(f"{site}/other", tmp_path / "x")
+        fetch(f"{address}/other", tmp_path / "x")
     with pytest.raises(InputError, match=r"cannot fetch \(.*refused"):
         fetch("http://127.0.0.1:1/x", tmp_path / "x")
     with pytest.raises(InputError, match=r"cannot fetch .*No such file"):
@@ -105,10 +82,10 @@ def test_what_is_not_there_is_said_in_one_line(site, tmp_path):
             fetch(url, tmp_path / "x")
 
 
-def test_a_target_that_cannot_be_written(site, tmp_path):
+def test_a_target_that_cannot_be_written(address, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match=r"cannot write .*file/data\.bin; make room, or choose"):
-        fetch(f"{site}/data.bin", tmp_path / "file" / "data.bin")
+        fetch(f"{address}/data.bin", tmp_path / "file" / "data.bin")
 
 
 def make_tar(path, name, link=None):
