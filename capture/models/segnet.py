@@ -1,8 +1,8 @@
 """SegNet (Badrinarayanan et al., 2017): VGG-16 without its head, then the same way back.
 
-The pooling remembers where each maximum stood, and the way back puts it there again. Both are
-written as selections among the four pixels of a window: torch's `max_unpool2d` does the same, but
-is not deterministic, and says so.
+The pooling remembers where each maximum stood, and the way back puts it there again. That is
+written here as a scatter: torch's `max_unpool2d` does the same, but says that it is not
+deterministic.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
+from torch.nn.functional import max_pool2d
 
 from capture.arguments import require_whole
 from capture.store.errors import UsageError
@@ -42,7 +42,7 @@ class SegNet(nn.Module):
         """Map ``[N, channels, H, W]`` to logits ``[N, num_classes, H, W]``; 32 divides H and W."""
         places = []
         for stage in self.encoder:
-            x, place = pool(stage(x))
+            x, place = max_pool2d(stage(x), 2, return_indices=True)
             places.append(place)
         for stage in self.decoder:
             x = stage(unpool(x, places.pop()))
@@ -61,23 +61,14 @@ def segnet(input_shape: Sequence[int], num_classes: int, *, width: float = 1.0) 
     return SegNet(input_shape[0], num_classes, round(64 * width))
 
 
-def pool(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Maxima of the 2×2 windows of ``[N, C, H, W]`` and which pixel of the window, 0 to 3, each is.
+def unpool(x: Tensor, places: Tensor) -> Tensor:
+    """Put ``[N, C, H, W]`` at its places in ``[N, C, 2 * H, 2 * W]``, with zeros around.
 
-    Both are ``[N, C, H / 2, W / 2]``, the second int64; of equal pixels one is taken.
+    The places are those of `max_pool2d`: int64, counted through the rows of the larger image.
     """
     n, c, h, w = x.shape
-    windows = x.reshape(n, c, h // 2, 2, w // 2, 2).movedim(3, 4).flatten(4)
-    values, places = windows.max(4)
-    return values, places
-
-
-def unpool(x: Tensor, places: Tensor) -> Tensor:
-    """Put ``[N, C, H, W]`` back at its places in windows of 2×2, zeros around: twice H and W."""
-    chosen = places[..., None] == torch.arange(4, device=places.device)
-    n, c, h, w = x.shape
-    windows = torch.where(chosen, x[..., None], 0.0).reshape(n, c, h, w, 2, 2)
-    return windows.movedim(4, 3).reshape(n, c, 2 * h, 2 * w)
+    empty = x.new_zeros(n, c, 4 * h * w)
+    return empty.scatter(2, places.flatten(2), x.flatten(2)).reshape(n, c, 2 * h, 2 * w)
 
 
 def require_divisible(model: str, input_shape: Sequence[int], divisor: int) -> None:

@@ -6,7 +6,7 @@ each pixel, or `IGNORED` for one that does not count: neither in the loss nor in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,14 @@ def pixels_by_class(images: Sequence[Labelled], classes: Sequence[str]) -> dict[
     return {**dict(zip(classes, counted, strict=True)), "ignored": ignored}
 
 
+def describe_images(kind: str, images: Sequence[Labelled], classes: Sequence[str]) -> Iterator[str]:
+    """Say in lines how many images there are, and how many of their pixels are of each class."""
+    counts = pixels_by_class(images, classes)
+    yield f"{len(images):,} {kind} images, {sum(counts.values()):,} pixels"
+    for name, count in counts.items():
+        yield f"  {name:<16}{count:>16,}"
+
+
 def require_folder(task: str, data_root: str | None) -> Path:
     """Return the folder of a task's data. Raises `UsageError` for none, `InputError` if missing."""
     fix = f"give --data-root DIR; data/{task}/prepare.py says how to get the data"
@@ -147,14 +155,7 @@ def _counted(masks: Tensor) -> Tensor:
 def _read(file: Path) -> NDArray[Any]:
     """Read a TIFF by tifffile and anything else by Pillow. Raises `InputError`."""
     try:
-        if file.suffix.lower() in (".tif", ".tiff"):
-            import tifffile
-
-            return np.asarray(tifffile.imread(file))
-        from PIL import Image
-
-        with Image.open(file) as image:
-            return np.asarray(image)
+        return _read_tiff(file) if file.suffix.lower() == ".tif" else _read_by_pillow(file)
     except FileNotFoundError:
         raise InputError("a file is missing", where=file, fix="unpack the data again") from None
     # Pillow raises SyntaxError for a broken PNG, tifffile ValueError for a broken TIFF.
@@ -162,3 +163,20 @@ def _read(file: Path) -> NDArray[Any]:
         raise InputError(
             f"cannot read this image ({error})", where=file, fix="unpack the data again"
         ) from None
+
+
+def _read_tiff(file: Path) -> NDArray[Any]:
+    import tifffile
+
+    try:
+        return np.asarray(tifffile.imread(file))
+    except ValueError:
+        # A compressed one: tifffile needs imagecodecs for it, Pillow knows the usual kinds itself.
+        return _read_by_pillow(file)
+
+
+def _read_by_pillow(file: Path) -> NDArray[Any]:
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return np.asarray(image)

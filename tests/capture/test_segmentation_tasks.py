@@ -133,12 +133,21 @@ def test_what_vaihingen_lacks_is_said(tmp_path, caplog):
     assert "nothing is held out" in caplog.text
 
 
+def test_a_compressed_area_is_read_too(tmp_path, areas):
+    plain, _ = read_tiles(tmp_path)
+    for folder in ("top", "gts_for_participants"):
+        file = tmp_path / folder / "top_mosaic_09cm_area1.tif"
+        Image.fromarray(tifffile.imread(file)).save(file, compression="tiff_lzw")
+    compressed, _ = read_tiles(tmp_path)
+    assert np.array_equal(compressed[0].image, plain[0].image)
+    assert np.array_equal(compressed[0].mask, plain[0].mask)
+
+
 def test_areas_on_neither_list_are_not_read(tmp_path, areas):
     write_area(tmp_path, 2, mask_of(40, 40))
     train, validation = read_tiles(tmp_path)
-    assert [entry.mask.shape for entry in (*train, *validation)] == [
-        *((40, 50), (80, 100), (70, 100))
-    ]
+    assert [entry.mask.shape for entry in train] == [(40, 50), (80, 100)]
+    assert [entry.mask.shape for entry in validation] == [(70, 100)]
 
 
 @pytest.mark.parametrize(
