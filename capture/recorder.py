@@ -30,6 +30,7 @@ from capture.arguments import (
     require_unclipped,
     require_whole,
 )
+from capture.clipping import GradientWatch
 from capture.describe import describe, optimizer_facts
 from capture.hooks import StepHooks
 from capture.interruption import Interrupted
@@ -85,7 +86,8 @@ class Recorder:
             numbers and `state` are put back. The position in the data is the loop's: go on with
             batch number `step`. Not under `torch.distributed` with several ranks.
         clipped: False says that the loop never clips gradients, so that every clip factor is 1;
-            by default it is unknown (NaN) where `clip_grad_norm_` was not called.
+            by default it is unknown (NaN) where `clip_grad_norm_` was not called. A loop that
+            changes gradients after the backward pass is warned once, and its factors are NaN.
         sources: Where streams of `gradients` come from that are not the loop's own, by name; see
             `capture.snapshots.Source`. Each is measured at every saved w_t and at w_T.
 
@@ -148,6 +150,7 @@ class Recorder:
         self._clip_factor: float | Tensor | None = None
         self._update = Update(0, None, math.nan)
         self._hooks: StepHooks | None = None
+        self._watch: GradientWatch | None = None
         self._snapshots: Snapshots | None = None
 
         is_writing_rank = require_rank(resume)
@@ -176,6 +179,8 @@ class Recorder:
         self._recording = not self.complete
         if self._recording:
             self._hooks = StepHooks(optimizer, self._before_step, self._after_step)
+        if self._recording and self._snapshots is not None:
+            self._watch = GradientWatch(self._seen.parameters)
 
     # What a loop may tell and ask.
 
@@ -204,6 +209,8 @@ class Recorder:
         """
         total = nn.utils.clip_grad_norm_(self._seen.parameters, max_norm, norm_type)
         self._clip_factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        if self._watch is not None:
+            self._watch.note()
         return total
 
     def checkpoint(self, **extra: Any) -> None:
@@ -261,6 +268,8 @@ class Recorder:
         if "loss" not in self._logged and isinstance(loss, float | Tensor):
             self.log(loss=loss)
         clip_factor = self._unclipped if self._clip_factor is None else float(self._clip_factor)
+        if self._watch is not None and not self._is_skipped():
+            clip_factor = self._watch.known(clip_factor)
         # A fused optimizer under a GradScaler unscales within its kernel, so here that is undone.
         scale = getattr(self._seen.optimizer, "grad_scale", None)
         scale = None if scale is None else float(scale)
@@ -352,6 +361,8 @@ class Recorder:
         """Remove the hooks; return the snapshots of a run that is still open."""
         if self._hooks is not None:
             self._hooks.remove()
+        if self._watch is not None:
+            self._watch.remove()
         recording, self._recording = self._recording, False
         return self._snapshots if recording else None
 

@@ -106,7 +106,8 @@ def test_installed_metadata_is_that_of_this_tree() -> None:
     assert installed["Version"] == PROJECT["version"]
     assert installed["License-Expression"] == "MIT"
     extras = installed.get_all("Provides-Extra", [])
-    assert set(extras) == {"capture", "analyze", "pipelines", "all", "dev"}
+    loops = {"transformers", "lightning", "accelerate", "integrations"}
+    assert set(extras) == {"capture", "analyze", "pipelines", "all", "dev", *loops}
     asked = [Requirement(line) for line in installed.get_all("Requires-Dist", [])]
     (torch,) = [each for each in asked if each.name == "torch"]
     assert str(torch.specifier) == ">=2.4"
