@@ -98,8 +98,9 @@ class Recorder:
 
     Leaving the `with` block saves w_T and marks the run complete; after an exception it stays
     incomplete, or is removed again if it holds nothing yet. Under `torch.distributed` only rank 0
-    writes. Memory: one copy of the trainable weights beside the model, on its device, to tell what
-    each update did; and on the host two buffers of the size of a saved row for each stream.
+    writes. Memory: on the host two buffers of the size of a saved row for each stream; and, unless
+    `torch.optim.SGD` itself tells what each update did, one copy of the trainable weights beside
+    the model, on its device.
 
     With a `GradScaler` whose skipped steps never reach the optimizer, what was logged for a skipped
     step, and its clip factor, hold until they are given anew: log the same names and clip in each

@@ -22,6 +22,7 @@ from capture.staging import HostCopies
 from capture.store import SnapshotQueue, Staging, UsageError
 from capture.store.layout import METADATA, UPDATES, WEIGHTS
 from capture.streams import MINIBATCH, STREAMS, parse_streams
+from capture.update_norms import SgdUpdateNorms
 
 MAX_NAME = 100
 
@@ -65,13 +66,15 @@ class Source(Protocol):
 class Update:
     """What is known of update t between the hooks before and after it.
 
-    `scale` is what a `GradScaler` multiplied the gradients with, for a fused optimizer.
+    `scale` is what a `GradScaler` multiplied the gradients with, for a fused optimizer; `told` is
+    whether the optimizer's own state tells the norm of the update, so that w_t need not be kept.
     """
 
     step: int
     epoch: float | None
     clip_factor: float
     scale: float | None = None
+    told: bool = False
     streams: list[str] = field(default_factory=list)
     scalars: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -105,7 +108,10 @@ class Snapshots:
         wide = seen.table.value_dtype.itemsize == 8
         dtype = torch.float64 if wide else torch.float32
         self._norms = Norms(dtype)
-        self._weights = WeightsCopy(seen.parameters, dtype)
+        self._weights = WeightsCopy(dtype)
+        self._sgd = SgdUpdateNorms(seen.optimizer, seen.parameters, self._norms)
+        if not self._sgd.applies():
+            self._weights.allocate(seen.parameters)
         self._copies = HostCopies(seen.table)
         self._staged: dict[str, Staging] = {}
         self._kept_weights: Staging
@@ -130,19 +136,19 @@ class Snapshots:
                 elif stream == MINIBATCH:
                     self._copies.copy_parameters(staging, gradients, update.scale)
         self._measure_sources(update.step, update.epoch, update.streams)
+        update.told = self._sgd.begin(gradients, grad_norms, update.scale)
         if update.streams and self._on_host:
             self._weights.borrow(self._copies.views_of(self._kept_weights))
-        else:
+        elif not update.told or UPDATES in update.streams:
             self._weights.keep(self._seen.parameters)
 
     def end(self, update: Update, logged: Mapping[str, float]) -> None:
         """Take what the update did, and hand everything to the writer thread."""
+        changes = None
         if UPDATES in update.streams:
             with self._holding():
                 changes = self._copy_updates(self._staged[UPDATES])
-            update_norms = self._norms.of(changes)
-        else:
-            update_norms = self._weights.update_norms(self._seen.parameters)
+        update_norms = self._update_norms(update, changes)
         for stream in self._staged_here(update):
             staging = self._staged.pop(stream)
             self.queue.submit(stream, staging, step=update.step, epoch=update.epoch)
@@ -236,6 +242,16 @@ class Snapshots:
         if stream not in self._staged:
             self._staged[stream] = self.queue.acquire(stream)
         return self._staged[stream]
+
+    def _update_norms(
+        self, update: Update, changes: Sequence[torch.Tensor] | None
+    ) -> NDArray[np.float64]:
+        """Norm of the update by tensor, in the cheapest way there is."""
+        if update.told:
+            return self._sgd.end()
+        if changes is not None:
+            return self._norms.of(changes)
+        return self._weights.update_norms(self._seen.parameters)
 
     def _copy_updates(self, staging: Staging) -> Sequence[torch.Tensor]:
         """Stage ``w_{t+1} - w_t``; return it by tensor."""

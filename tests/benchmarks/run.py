@@ -1,4 +1,4 @@
-"""Run the benchmarks: one JSON object per line on stdout. `run.py [compute] [recorder]`.
+"""Run the benchmarks: one JSON object per line on stdout. `run.py [NAME]…`, by default all.
 
 Each object has `name`, `value`, `unit`, where it makes sense ratios of the same run, `n` (how often
 it was measured), the machine and the versions. Progress goes to stderr.
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-BENCHMARKS = ("compute", "recorder")
+BENCHMARKS = ("compute", "recorder", "training")
 PACKAGES = ("straightway", "numpy", "numba", "dask", "zarr", "crc32c", "torch")
 
 

@@ -48,7 +48,7 @@ def test_squares_beyond_the_range_of_float32(size: float) -> None:
 def test_updates_and_their_norms() -> None:
     before = [torch.rand(40, 50, generator=GENERATOR).t(), torch.rand(600_000, generator=GENERATOR)]
     after = [tensor + 0.01 for tensor in before]
-    copy = WeightsCopy(before, torch.float32)
+    copy = WeightsCopy(torch.float32)
     copy.keep(before)
     differences = [new - old for new, old in zip(after, before, strict=True)]
     # All differences are nearly equal here, the worst case that the module names.

@@ -1,0 +1,346 @@
+"""What recording costs a whole training, and what the paper's own protocol would cost instead.
+
+Momentum SGD on random images of CIFAR's shapes, batch 64, with a snapshot of the weights and its
+gradient every 10 steps: ResNet-18 (11.2 M parameters) and the paper's MLP (46.2 M). Rows:
+
+    training_overhead_*   blocks of 10 plain and 10 recorded steps take turns, in an order that
+                          turns too; the writer's work falls into the recorded blocks, which end
+                          when the block's snapshot is on disk; `value` is the median of the ratios
+    snapshot_*            the training thread held by one snapshot of 45 MB, each way in turn
+    staging_*             the staging buffers, and the memory of the process over 2,000 snapshots
+    protocol_*            the paper's protocol, a second training that measures itself against the
+                          w_T of the first, and ours, one recorded training and `analyze compute`,
+                          both as ratios to one plain training
+
+The disk keeps up where the next snapshot is not due before the one before is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed.checkpoint as checkpoint
+import zarr
+from safetensors.torch import save_file
+from torch import nn, optim
+from torch.nn.functional import cross_entropy
+
+from analyze.compute import compute_moments
+from analyze.moments import GEOMETRY
+from analyze.references import parse_reference
+from capture import Recorder
+from capture.models.mlp import mlp
+from capture.models.resnet import resnet
+
+BATCH, EVERY, CLASSES = 64, 10, 10
+SHAPE = (3, 32, 32)
+RESNET_PAIRS, MLP_PAIRS, SNAPSHOT_TURNS, PROTOCOL_TURNS = 2, 4, 7, 3
+GROWTH_SNAPSHOTS, WARM_SNAPSHOTS = 2000, 200
+PROTOCOL_STEPS = 100
+
+Row = dict[str, Any]
+Seconds = dict[str, list[float]]
+
+
+def rows() -> Iterator[Row]:
+    """Measure and give one JSON-ready row per result."""
+    torch.manual_seed(0)
+    yield overhead("mlp", mlp(SHAPE, CLASSES, hidden=4096, depth=3), MLP_PAIRS)
+    yield overhead("resnet18", resnet(SHAPE, CLASSES, depth=18, channels=64), RESNET_PAIRS)
+    yield from snapshots()
+    yield from memory()
+    yield from protocol()
+
+
+# A training, plain and recorded.
+
+
+def overhead(name: str, model: nn.Module, pairs: int) -> Row:
+    """Blocks of one model and its twin, recorded and plain, in turn."""
+    x, y = images(BATCH)
+    twin = copy.deepcopy(model)
+    plain, recorded = optimizer_of(twin), optimizer_of(model)
+    ratios, plain_seconds = [], []
+    with (
+        tempfile.TemporaryDirectory(prefix="straightway-bench-") as folder,
+        Recorder(Path(folder) / "run.zarr", model, recorded, every=EVERY) as recorder,
+    ):
+
+        def recorded_block() -> None:
+            train(model, recorded, x, y, EVERY)
+            assert recorder._snapshots is not None
+            recorder._snapshots.queue.drain()
+
+        ways = {
+            "plain": lambda: train(twin, plain, x, y, EVERY),
+            "recorded": recorded_block,
+        }
+        for turn in range(-1, pairs):
+            order = list(ways) if turn % 2 else list(reversed(ways))
+            took = {way: timed(ways[way]) for way in order}
+            if turn >= 0:
+                ratios.append(took["recorded"] / took["plain"])
+                plain_seconds.append(took["plain"])
+    return {
+        "name": f"training_overhead_{name}",
+        "value": statistics.median(ratios),
+        "unit": "times a plain training",
+        "smallest": min(ratios),
+        "largest": max(ratios),
+        "plain_ms_per_step": 1e3 * statistics.median(plain_seconds) / EVERY,
+        "parameters": size_of(model),
+        "steps_per_block": EVERY,
+        "n": pairs,
+    }
+
+
+def train(
+    model: nn.Module, optimizer: optim.Optimizer, x: torch.Tensor, y: torch.Tensor, steps: int
+) -> None:
+    """Train on one batch; what the images show does not matter for the cost."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+# One snapshot, by us and by others.
+
+
+def snapshots() -> Iterator[Row]:
+    """The training thread held for the tensors of a ResNet-18, beside a memcpy of the same."""
+    model = resnet(SHAPE, CLASSES, depth=18, channels=64)
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = optimizer_of(model)
+    with tempfile.TemporaryDirectory(prefix="straightway-bench-") as name:
+        folder = Path(name)
+        with Recorder(folder / "run.zarr", model, optimizer, every=1, gradients=None) as recorder:
+            ways = ways_to_save(tensors, folder)
+            seconds: Seconds = {way: [] for way in ("memcpy", "straightway", *ways)}
+            buffers = [np.ones_like(tensor.numpy()) for tensor in tensors.values()]
+            for turn in range(-1, SNAPSHOT_TURNS):
+                took = {"memcpy": timed(lambda: copy_into(buffers, tensors))}
+                took["straightway"] = held(recorder, optimizer)
+                took |= {way: way_held(folder, save) for way, save in ways.items()}
+                for way, value in took.items():
+                    if turn >= 0:
+                        seconds[way].append(value)
+    for way, times in seconds.items():
+        ratios = [one / plain for one, plain in zip(times, seconds["memcpy"], strict=True)]
+        yield {
+            "name": f"snapshot_{way}",
+            "value": 1e3 * statistics.median(times),
+            "unit": "ms",
+            "ratio_to_memcpy": statistics.median(ratios),
+            "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+            "n": len(times),
+        }
+
+
+def ways_to_save(
+    tensors: dict[str, torch.Tensor], folder: Path
+) -> dict[str, Callable[[Path], Any]]:
+    """How else one would save a `state_dict`; each is given a fresh path."""
+
+    def write_zarr(path: Path) -> None:
+        group = zarr.open_group(path, mode="w")
+        for name, tensor in tensors.items():
+            group.create_array(name, data=tensor.numpy(), compressors=None)
+
+    def async_save(path: Path) -> Any:
+        return checkpoint.async_save(tensors, checkpoint_id=path, no_dist=True)
+
+    return {
+        "safetensors_save_file": lambda path: save_file(tensors, path),
+        "torch_save": lambda path: torch.save(tensors, path),
+        "dcp_async_save": async_save,
+        "zarr_python": write_zarr,
+    }
+
+
+def way_held(folder: Path, save: Callable[[Path], Any]) -> float:
+    """Seconds until `save` gives the thread back; what it left to do is then waited for."""
+    with tempfile.TemporaryDirectory(dir=folder) as inner:
+        start = time.perf_counter()
+        pending = save(Path(inner) / "snapshot")
+        took = time.perf_counter() - start
+        if pending is not None:
+            pending.result()
+    return took
+
+
+def held(recorder: Recorder, optimizer: optim.Optimizer) -> float:
+    """Seconds for which one snapshot holds the thread, by the recorder's own count."""
+    before = recorder.held_seconds
+    optimizer.step()
+    assert recorder._snapshots is not None
+    recorder._snapshots.queue.drain()
+    return recorder.held_seconds - before
+
+
+def copy_into(buffers: list[np.ndarray], tensors: dict[str, torch.Tensor]) -> None:
+    """One memcpy for each tensor, into memory that was used before."""
+    for buffer, tensor in zip(buffers, tensors.values(), strict=True):
+        np.copyto(buffer, tensor.numpy())
+
+
+# Memory.
+
+
+def memory() -> Iterator[Row]:
+    """The staging buffers in snapshots, and how the process grows over many small ones."""
+    model = mlp((1, 8, 8), CLASSES, hidden=64)
+    x, y = torch.randn(BATCH, 1, 8, 8), torch.randint(CLASSES, (BATCH,))
+    optimizer = optimizer_of(model)
+    process = psutil.Process()
+    with (
+        tempfile.TemporaryDirectory(prefix="straightway-bench-") as folder,
+        Recorder(Path(folder) / "run.zarr", model, optimizer, every=1) as recorder,
+    ):
+        train(model, optimizer, x, y, WARM_SNAPSHOTS)
+        before = process.memory_info().rss
+        train(model, optimizer, x, y, GROWTH_SNAPSHOTS)
+        growth = process.memory_info().rss - before
+        assert recorder._snapshots is not None
+        buffers = [staging for staging, _ in recorder._snapshots._copies._views.values()]
+        staged = sum(staging.parameters.nbytes for staging in buffers)
+    snapshot = 2 * 4 * size_of(model)  # weights and gradient, float32
+    yield {
+        "name": "staging_memory",
+        "value": staged / snapshot,
+        "unit": "snapshots of weights and gradient",
+        "n": 1,
+    }
+    yield {
+        "name": "staging_growth",
+        "value": growth / 1e6,
+        "unit": "MB",
+        "bytes_per_snapshot": growth / GROWTH_SNAPSHOTS,
+        "snapshots": GROWTH_SNAPSHOTS,
+        "snapshot_bytes": snapshot,
+        "n": 1,
+    }
+
+
+# The paper's protocol.
+
+
+def protocol() -> Iterator[Row]:
+    """Train a ResNet-8 plainly, twice with measuring, and once with recording, in turn."""
+    x, y = images(BATCH)
+    initial = resnet(SHAPE, CLASSES)
+    ratios: Seconds = {"paper": [], "ours": [], "ours_every_step": []}
+    for turn in range(-1, PROTOCOL_TURNS):
+        plain = timed(lambda: plain_training(initial, x, y))
+        took = {
+            "paper": timed(lambda: paper_training(initial, x, y)),
+            "ours": timed(lambda: our_training(initial, x, y, EVERY)),
+            "ours_every_step": timed(lambda: our_training(initial, x, y, 1)),
+        }
+        for way, seconds in took.items():
+            if turn >= 0:
+                ratios[way].append(seconds / plain)
+    for way, values in ratios.items():
+        yield {
+            "name": f"protocol_{way}",
+            "value": statistics.median(values),
+            "unit": "times a plain training",
+            "smallest": min(values),
+            "largest": max(values),
+            "steps": PROTOCOL_STEPS,
+            "parameters": size_of(initial),
+            "n": len(values),
+        }
+
+
+def plain_training(initial: nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+    """Train a copy of `initial`; return w_T by tensor."""
+    model = copy.deepcopy(initial)
+    train(model, optimizer_of(model), x, y, PROTOCOL_STEPS)
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+def paper_training(
+    initial: nn.Module, x: torch.Tensor, y: torch.Tensor
+) -> list[tuple[float, float]]:
+    """Train to find w_T, then again with RSI and EB against it at every step."""
+    final = plain_training(initial, x, y)
+    model = copy.deepcopy(initial)
+    optimizer = optimizer_of(model)
+    found = []
+    for _ in range(PROTOCOL_STEPS):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        found.append(measure(list(model.parameters()), final))
+        optimizer.step()
+    return found
+
+
+@torch.no_grad()
+def measure(parameters: list[nn.Parameter], final: list[torch.Tensor]) -> tuple[float, float]:
+    """``⟨g, w - w_T⟩ / ‖w - w_T‖²`` and ``‖g‖ / ‖w - w_T‖`` of the whole model."""
+    gradient = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
+    pairs = zip(parameters, final, strict=True)
+    error = torch.cat([(w - end).reshape(-1) for w, end in pairs])
+    square = float(error @ error)
+    if square == 0.0:
+        return math.nan, math.nan
+    return float(gradient @ error) / square, float(gradient.norm()) / math.sqrt(square)
+
+
+def our_training(initial: nn.Module, x: torch.Tensor, y: torch.Tensor, every: int) -> Any:
+    """Train a copy once with recording, then measure it against its own w_T."""
+    model = copy.deepcopy(initial)
+    optimizer = optimizer_of(model)
+    with tempfile.TemporaryDirectory(prefix="straightway-bench-") as folder:
+        run = Path(folder) / "run.zarr"
+        with Recorder(run, model, optimizer, every=every):
+            train(model, optimizer, x, y, PROTOCOL_STEPS)
+        final = [parse_reference("final")]
+        return compute_moments(run, ["minibatch"], final, moments=GEOMETRY, workers=2)
+
+
+# Shared by all of them.
+
+
+def images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random images ``[count, 3, 32, 32]`` and labels ``[count]``."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, *SHAPE, generator=generator)
+    return x, torch.randint(CLASSES, (count,), generator=generator)
+
+
+def optimizer_of(model: nn.Module) -> optim.SGD:
+    """Momentum SGD with steps small enough to go on for ever."""
+    return optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+
+def size_of(model: nn.Module) -> int:
+    """Number of trainable coordinates, D."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds that one call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    from run import main
+
+    main(sys.argv[1:] or ["training"])
