@@ -35,8 +35,18 @@ def training_options(function: Decorated) -> Decorated:
     decorators = [
         _options(
             "What is trained",
-            ("--task", str, "digits, or module:factory."),
-            ("--model", str, "mlp, resnet, or module:factory. Default: the task's."),
+            (
+                "--task",
+                str,
+                "digits, stdlib-text, cifar10, fashion-mnist, imagenet, wikitext2, vaihingen, "
+                "camvid, or module:factory.",
+            ),
+            (
+                "--model",
+                str,
+                "mlp, resnet, resnet18, resnet50, resnet152, transformer, unet, segnet, or "
+                "module:factory. Default: the task's.",
+            ),
             ("--width", float, "Factor on the model's width. Default: 1."),
             ("--data-root", click.Path(), "Folder that holds the data files."),
             ("--seed", int, "Initialisation. Default: 0."),

@@ -78,6 +78,12 @@ class Probe:
                 return Measured(loss, gradient)
             return self._full()
 
+    def sample_cost(self) -> int:
+        """Take the gradient of one batch; return how many of these one shard needs."""
+        with undisturbed(self._model), torch.enable_grad():
+            self._gradient(0)
+        return 1 if self.batches is not None else len(self._indices)
+
     def _full(self) -> Measured:
         """The mean over the partition, weighted by loss elements and added up in float64."""
         sums = [torch.zeros_like(p, dtype=torch.float64) for p in self._parameters]

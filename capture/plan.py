@@ -28,7 +28,8 @@ class Plan:
     """The prediction.
 
     `step_seconds` is the median of a few steps of this very training without recording,
-    `bytes_per_second` what the target disk took with fsync. Both are measured on a machine that
+    `bytes_per_second` what the target disk took with fsync, `probe_seconds` the time that all
+    gradients of other batches take, from one of each stream. All are measured on a machine that
     may be busy, so `seconds` is an estimate; the storage is exact but for `other_bytes`.
     """
 
@@ -39,11 +40,12 @@ class Plan:
     free_bytes: int
     step_seconds: float
     bytes_per_second: float
+    probe_seconds: float = 0.0
 
     @property
     def training_seconds(self) -> float:
-        """Time of the updates alone."""
-        return self.total_steps * self.step_seconds
+        """Time of the updates and of the gradients of other batches."""
+        return self.total_steps * self.step_seconds + self.probe_seconds
 
     @property
     def writing_seconds(self) -> float:
@@ -79,6 +81,7 @@ class Plan:
             "free_bytes": self.free_bytes,
             "step_seconds": self.step_seconds,
             "bytes_per_second": self.bytes_per_second,
+            "probe_seconds": self.probe_seconds,
             "training_seconds": self.training_seconds,
             "writing_seconds": self.writing_seconds,
             "seconds": self.seconds,
@@ -136,6 +139,7 @@ def plan(config: TrainConfig, out: str | os.PathLike[str]) -> Plan:
             free_bytes=free_bytes(out),
             step_seconds=_step_seconds(training),
             bytes_per_second=_write_speed(existing_folder(out), storage.shard_bytes["weights"]),
+            probe_seconds=_probe_seconds(training, storage),
         )
 
 
@@ -161,6 +165,17 @@ def _step_seconds(training: Training) -> float:
         if now - began > TIMED_SECONDS and len(times) > WARM_STEPS:
             break
     return statistics.median(times[WARM_STEPS:] or times)
+
+
+def _probe_seconds(training: Training, storage: Storage) -> float:
+    """Seconds of all gradients of other batches, from one batch of each stream."""
+    total = 0.0
+    for name, probe in training.probes.items():
+        began = time.perf_counter()
+        count = probe.sample_cost()
+        once = (time.perf_counter() - began) * count
+        total += once * storage.rows[name] * storage.shards[name]
+    return total
 
 
 def _write_speed(folder: Path, shard_bytes: int) -> float:
