@@ -34,7 +34,7 @@ from capture.store import (
     UsageError,
     open_run,
 )
-from capture.store.layout import WEIGHTS
+from capture.store.layout import ITERATES, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -193,11 +193,12 @@ def _open_row(
 ) -> tuple[MappedShard, list[MappedShard]]:
     """Map one row: its weights and, where the stream is not the weights, each of its batches."""
     stream = session.run.stream(block.stream)
-    weights = stack.enter_context(session.weights.open(session.weights_row(stream, row)))
-    batches: Sequence[int | None] = [None] if stream.batches is None else range(stream.batches)
-    gradients = [
-        stack.enter_context(stream.open(row, batch)) for batch in batches if stream.name != WEIGHTS
-    ]
+    if stream.name in ITERATES:
+        weights, gradients = stack.enter_context(stream.open(row)), []
+    else:
+        weights = stack.enter_context(session.weights.open(session.weights_row(stream, row)))
+        batches: Sequence[int | None] = [None] if stream.batches is None else range(stream.batches)
+        gradients = [stack.enter_context(stream.open(row, batch)) for batch in batches]
     if block.chunks[0] == 0:  # once per row: what is in the files beside the chunks
         for shard in (weights, *gradients):
             shard.verify_rest()

@@ -22,6 +22,7 @@ from analyze.quantities import (
     update_sums,
 )
 from analyze.references import end_of_path
+from capture.store.layout import ITERATES
 from capture.store.reader import Run
 
 Integers = NDArray[np.int64]
@@ -89,7 +90,7 @@ class Measure:
         return np.where(inside, np.append(values, np.nan)[np.where(inside, steps, -1)], np.nan)
 
     def _sums(self, stream: str, steps: Integers, moments: dict[str, Values]) -> dict[str, Values]:
-        if stream == "weights":
+        if stream in ITERATES:
             return {"ee": moments["ee"]}
         if stream == "updates":
             return update_sums(moments)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from analyze.quantities import SIGN, Values, ratio
 from analyze.references import end_of_path
 from analyze.tables import read_metadata
+from capture.store.layout import ITERATES
 
 # The last part of the way to w*, where γ tends to its null whatever the landscape.
 END_SHARE = 0.1
@@ -44,7 +45,7 @@ def verdict(table: pa.Table) -> str:
         for reference in table["reference"].unique().to_pylist()
     ]
     note = "Numbers are medians of n rows, [10 %, 90 %] their quantiles: no confidence interval."
-    measured = set(table["stream"].unique().to_pylist()) - {"weights"}
+    measured = set(table["stream"].unique().to_pylist()) - set(ITERATES)
     closing = [f"{SIGN}\n{note}"] if measured else []
     return "\n\n".join([*(block for block in blocks if block), *closing])
 
@@ -75,7 +76,7 @@ def _block(rows: pa.Table, entry: dict[str, Any], reference: str, metadata: Any)
         f"D = {entry['num_parameters']:,}"
     ]
     cells: list[tuple[str, ...]] = [_HEAD]
-    streams = [name for name in rows["stream"].unique().to_pylist() if name != "weights"]
+    streams = [name for name in rows["stream"].unique().to_pylist() if name not in ITERATES]
     undefined = 0
     for stream in streams:
         own = _select(rows, stream=stream)

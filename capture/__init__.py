@@ -6,13 +6,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from capture.average import Average
     from capture.recorder import Recorder
     from capture.store.reader import open_run
 
 __version__ = "0.1.0"
-__all__ = ["Recorder", "open_run"]
+__all__ = ["Average", "Recorder", "open_run"]
 
-_HOMES = {"Recorder": "capture.recorder", "open_run": "capture.store.reader"}
+_HOMES = {
+    "Average": "capture.average",
+    "Recorder": "capture.recorder",
+    "open_run": "capture.store.reader",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -89,7 +89,8 @@ class Recorder:
             by default it is unknown (NaN) where `clip_grad_norm_` was not called. A loop that
             changes gradients after the backward pass is warned once, and its factors are NaN.
         sources: Where streams of `gradients` come from that are not the loop's own, by name; see
-            `capture.snapshots.Source`. Each is measured at every saved w_t and at w_T.
+            `capture.snapshots.Source`. Each is measured at every saved w_t and at w_T. As in
+            ``gradients="minibatch,ema", sources={"ema": Average(averaged, model)}``.
 
     Attributes:
         step: Updates applied so far.
@@ -163,7 +164,9 @@ class Recorder:
         require_state(state or {})
         facts = optimizer_facts(optimizer)
         self._seen = describe(model, optimizer)
-        self._schedules = stream_schedules(every, gradients, total_steps, steps_per_epoch)
+        self._schedules = stream_schedules(
+            every, gradients, total_steps, steps_per_epoch, tuple(sources or ())
+        )
         self._sources = {n: s for n, s in (sources or {}).items() if n in self._schedules}
         require_sources(self._schedules, self._sources)
         if is_writing_rank:

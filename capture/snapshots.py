@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
@@ -37,8 +37,8 @@ class Measured(Protocol):
     """The mean loss of a batch and its gradient by tensor, `None` where a tensor got none."""
 
     @property
-    def loss(self) -> float:
-        """The mean loss."""
+    def loss(self) -> float | None:
+        """The mean loss, `None` where there is none."""
 
     @property
     def gradient(self) -> Sequence[torch.Tensor | None]:
@@ -292,6 +292,7 @@ def stream_schedules(
     gradients: str | Sequence[str] | None,
     total_steps: int | None,
     steps_per_epoch: int | None,
+    others: Collection[str] = (),
 ) -> dict[str, Schedule]:
     """Give every stream its schedule, `weights` first; those without their own follow `every`.
 
@@ -303,7 +304,7 @@ def stream_schedules(
 
     main = every if isinstance(every, Schedule) else parse(every)
     text = gradients if isinstance(gradients, str) else ",".join(gradients or ()) or "none"
-    requests = parse_streams(text)
+    requests = parse_streams(text, others)
     own = {r.name: main if r.schedule is None else parse(r.schedule) for r in requests}
     return {WEIGHTS: main, **own}
 

@@ -7,6 +7,7 @@ that are saved, which `capture.gradients` takes.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from capture.schedule import parse_schedule
@@ -48,13 +49,14 @@ class StreamRequest:
     batches: int | None = None
 
 
-def parse_streams(text: str) -> tuple[StreamRequest, ...]:
+def parse_streams(text: str, others: Collection[str] = ()) -> tuple[StreamRequest, ...]:
     """Parse ``minibatch,fixed:10,full@epoch`` and the like; ``none`` asks for no stream.
 
-    ``full:eval`` is another way to write ``full-eval``, and K is 10 where it is left out. Raises
-    `UsageError` for an unknown stream, a doubled one, a bad count or a bad schedule.
+    ``full:eval`` is another way to write ``full-eval``, and K is 10 where it is left out. `others`
+    are names of streams that a loop of its own gives. Raises `UsageError` for an unknown stream, a
+    doubled one, a bad count or a bad schedule.
     """
-    requests = [_parse_stream(part) for part in _split(text)]
+    requests = [_parse_stream(part, others) for part in _split(text)]
     names = [request.name for request in requests]
     for name in names:
         if names.count(name) > 1:
@@ -73,11 +75,11 @@ def _split(text: str) -> list[str]:
     return [] if parts == ["none"] else parts
 
 
-def _parse_stream(text: str) -> StreamRequest:
+def _parse_stream(text: str, others: Collection[str]) -> StreamRequest:
     body, at, schedule = text.partition("@")
     body = FULL_EVAL if body == "full:eval" else body
     name, colon, count = body.partition(":")
-    known = {**STREAMS, **PROBES}
+    known = [*STREAMS, *PROBES, *(other for other in others if other not in PROBES)]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

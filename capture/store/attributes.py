@@ -17,6 +17,7 @@ from capture.store.layout import (
     ATTRIBUTES_KEY,
     COMMIT_LOG,
     COMPLETE,
+    EMA,
     FORMAT_VERSION,
     FROZEN,
     GRADIENTS,
@@ -171,7 +172,7 @@ def _holds_no_more_than_a_start(root: Path) -> bool:
     Strict, since what is found here gives way to the new run: no shards, no other files.
     """
     private = Path(WEIGHTS, "value", PRIVATE_FOLDER)
-    if not {path.name for path in root.iterdir()} <= {WEIGHTS, GRADIENTS, UPDATES, SCALARS}:
+    if not {path.name for path in root.iterdir()} <= {WEIGHTS, EMA, GRADIENTS, UPDATES, SCALARS}:
         return False
     for folder, subfolders, files in os.walk(root):
         paths = [Path(folder, name) for name in (*subfolders, *files)]

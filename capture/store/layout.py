@@ -18,8 +18,12 @@ LOCK = "lock"
 FROZEN = "frozen.safetensors"
 WEIGHTS = "weights"
 UPDATES = "updates"
+EMA = "ema"
 GRADIENTS = "gradients"
 SCALARS = "scalars"
+
+# Streams whose rows are points, as w_t is, and no gradients.
+ITERATES = (WEIGHTS, EMA)
 
 # The status of a run.
 RECORDING = "recording"
@@ -35,8 +39,8 @@ SMALL_CHUNK_ELEMENTS = 32_768
 
 
 def stream_folder(stream: str) -> str:
-    """Where a stream's group lies below the run: weights and updates on top, the rest together."""
-    return stream if stream in (WEIGHTS, UPDATES) else f"{GRADIENTS}/{stream}"
+    """Where a stream's group lies below the run: points and updates on top, the rest together."""
+    return stream if stream in (*ITERATES, UPDATES) else f"{GRADIENTS}/{stream}"
 
 
 def shard_key(row: int, batch: int | None) -> str:

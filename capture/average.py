@@ -1,0 +1,53 @@
+"""Averaged weights, such as an exponential moving average, as the stream `ema`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from capture.store.errors import MismatchError
+
+
+@dataclass(frozen=True)
+class _Point:
+    gradient: Sequence[Tensor]
+    loss: None = None
+
+
+class Average:
+    """Gives the averaged weights of a model to a `Recorder`; the loop keeps averaging them.
+
+    Args:
+        averaged: `torch.optim.swa_utils.AveragedModel` or any module whose parameters are the
+            averages of those of `model`, in the same order.
+        model: The model that is trained; tells which parameters are trained.
+
+    Row t of the stream is the average as it is before update t.
+
+    Raises:
+        MismatchError: The parameters of the two differ in number or shape.
+    """
+
+    batches = None
+
+    def __init__(self, averaged: nn.Module, model: nn.Module) -> None:
+        pairs = list(zip(model.parameters(), averaged.parameters(), strict=False))
+        alike = len(list(model.parameters())) == len(list(averaged.parameters()))
+        if not alike or any(one.shape != other.shape for one, other in pairs):
+            raise MismatchError(
+                "the averaged model has not the parameters of the model",
+                where=type(averaged).__name__,
+                fix="give an average of this very model",
+            )
+        self._point = _Point([other for one, other in pairs if one.requires_grad])
+
+    def measure(self, batch: int | None) -> _Point:
+        """Give the averages as they are now, by trainable tensor."""
+        return self._point
+
+    def describe(self) -> dict[str, Any]:
+        """What a run remembers of it."""
+        return {"kind": "average"}
