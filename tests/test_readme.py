@@ -39,6 +39,7 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.timeout(900)  # a new user's whole first hour
 def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     found = list(commands(README))
     assert len(found) >= 8
