@@ -179,7 +179,7 @@ def test_export_writes_a_state_dict_that_loads_strictly(run):
         ("train --task digit --out x.zarr", 2, "did you mean 'digits'?"),
         ("train --task digits --every evry:3 --out x.zarr", 2, "did you mean 'every'?"),
         ("train --task digits --lr-schedule x --out x.zarr", 2, "there is no such file either"),
-        ("train --task digits --gradients full --out x.zarr", 2, "known are minibatch, updates"),
+        ("train --task digits --gradients ful --out x.zarr", 2, "known are minibatch, updates"),
         ("train --task digits --batch-size 2000 --out x.zarr", 2, "does not fit into 1437"),
         ("train --config none.toml --out x.zarr", 2, "none.toml"),
         ("train --task digits --out runs", 2, "neither empty nor a run"),
