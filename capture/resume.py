@@ -92,9 +92,10 @@ class ResumeStates:
             "gradient_missing": self._snapshots.gradient_missing,
             "extra": extra,
         }
-        save(self._writer.state_folder, moment.step, tree)
+        # First: a training that stops between the two resumes before this step, and keeps it then.
         if moment.keep:
             save(self._writer.state_folder, moment.step, tree, keep=True)
+        save(self._writer.state_folder, moment.step, tree)
 
     def restore(self, step: int, tree: Mapping[str, Any]) -> None:
         """Drop what was recorded after `step` updates, and put everything back as it was then."""

@@ -29,6 +29,7 @@ from capture.optimizers import LearningRate, build_optimizer, learning_rate
 from capture.progress import TrainingProgress
 from capture.provenance import require_same, run_attributes
 from capture.recorder import Recorder
+from capture.rng import seed_all
 from capture.storage import Storage, plan_storage, require_space
 from capture.store import UsageError
 from capture.store.layout import METADATA
@@ -94,7 +95,7 @@ class Summary:
 
 
 def prepare(config: TrainConfig) -> Training:
-    """Build task, model and optimizer of a configuration. Seeds torch's global generator."""
+    """Build task, model and optimizer of a configuration. Seeds every global generator."""
     device = _device(config.device)
     task = build_task(config.task, data_root=config.data_root, task_args=config.task_args)
     config = replace(config, device=device.type).completed(task.defaults)
@@ -119,13 +120,13 @@ def prepare(config: TrainConfig) -> Training:
     rate = learning_rate(config.lr_schedule, config.lr, end, steps_per_epoch)
 
     # The seed decides the initialisation, the data seed everything random after it (dropout).
-    torch.manual_seed(config.seed)
+    seed_all(config.seed)
     model = build_model(
         config.model, task.model_args, width=config.width, model_args=config.model_args
     )
     check_parameters(model)
     model = model.to(device)
-    torch.manual_seed(mix(config.data_seed, 2**32))
+    seed_all(mix(config.data_seed, 2**32))
     optimizer = build_optimizer(
         model.parameters(),
         config.optimizer,

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from capture.store.errors import InputError
+from capture.tasks.folder import advice, require_folder
 from capture.tasks.segmentation import (
     IGNORED,
     Labelled,
@@ -30,7 +31,6 @@ from capture.tasks.segmentation import (
     labelled,
     read_image,
     read_indices,
-    require_folder,
     scale_of,
 )
 
@@ -46,7 +46,7 @@ VOID = 11
 IMAGES = {"train": 367, "val": 101}
 DIVISOR = 32
 
-FIX = "data/camvid/prepare.py gets the data"
+FIX = advice("camvid")
 
 
 class Views:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from capture.store.errors import InputError, UsageError
+from capture.store.errors import InputError
 
 IGNORED = -1
 
@@ -128,16 +128,6 @@ def describe_images(kind: str, images: Sequence[Labelled], classes: Sequence[str
     yield f"{len(images):,} {kind} images, {sum(counts.values()):,} pixels"
     for name, count in counts.items():
         yield f"  {name:<16}{count:>16,}"
-
-
-def require_folder(task: str, data_root: str | None) -> Path:
-    """Return the folder of a task's data. Raises `UsageError` for none, `InputError` if missing."""
-    fix = f"give --data-root DIR; data/{task}/prepare.py says how to get the data"
-    if data_root is None:
-        raise UsageError(f"the task {task} reads files, and no folder is given", fix=fix)
-    if not Path(data_root).is_dir():
-        raise InputError(f"no folder of the data of {task}", where=data_root, fix=fix)
-    return Path(data_root)
 
 
 def _cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:

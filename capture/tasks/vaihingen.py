@@ -30,6 +30,7 @@ from torch import Tensor
 
 from capture.arguments import require_whole
 from capture.store.errors import InputError
+from capture.tasks.folder import advice, require_folder
 from capture.tasks.segmentation import (
     IGNORED,
     Labelled,
@@ -38,7 +39,6 @@ from capture.tasks.segmentation import (
     labelled,
     read_image,
     read_indices,
-    require_folder,
     scale_of,
 )
 
@@ -53,7 +53,7 @@ COLOURS = (0xFFFFFF, 0x0000FF, 0x00FFFF, 0x00FF00, 0xFFFF00, 0xFF0000)
 # The edges of objects, in the masks that leave them out.
 IGNORED_COLOUR = 0x000000
 
-FIX = "data/vaihingen/prepare.py says how to get the data"
+FIX = advice("vaihingen")
 
 
 class Windows:

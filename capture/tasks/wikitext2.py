@@ -32,6 +32,7 @@ from torch.utils.data import TensorDataset
 
 from capture.arguments import require_whole
 from capture.store.errors import InputError, UsageError
+from capture.tasks.folder import advice, require_folder
 from capture.tasks.language import Language, nonempty, windows
 
 SPLITS = ("train", "valid", "test")
@@ -40,7 +41,7 @@ END, UNKNOWN, PAD = "<eos>", "<unk>", "<pad>"
 # What the authors' tokenizer sets apart, and what it drops.
 APART, DROPPED = "'.,()!?", {'"': "", ";": " ", ":": " "}
 LEAST_COUNT = 5
-PREPARE = "python data/wikitext-2/prepare.py --root DIR brings it there"
+PREPARE = advice("wikitext2")
 
 Lines = Sequence[Sequence[str]]
 
@@ -49,17 +50,13 @@ def wikitext2(
     data_root: str | None = None, *, variant: str = "corrected", window: int = 32
 ) -> Language:
     """Make the task from train and valid in `data_root`. Raises `UsageError` or `InputError`."""
-    if data_root is None:
-        raise UsageError(
-            "the task wikitext2 reads files, and no folder is given",
-            fix=f"give --data-root DIR; {PREPARE}",
-        )
+    folder = require_folder("wikitext2", data_root)
     if variant not in VARIANTS:
         near = difflib.get_close_matches(variant, VARIANTS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(VARIANTS)}"
         raise UsageError(f"unknown variant {variant!r}", fix=hint)
     require_whole("window", window, 1)
-    train, valid = (read_text(find_split(data_root, split)) for split in ("train", "valid"))
+    train, valid = (read_text(find_split(folder, split)) for split in ("train", "valid"))
     literal = variant == "paper-literal"
     prepare = _paper_literal if literal else _corrected
     train_set, valid_set, size = prepare(train, valid, window)

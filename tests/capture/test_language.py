@@ -144,6 +144,8 @@ def test_what_is_missing_is_named(folder):
     with pytest.raises(UsageError, match="window must be a whole number of at least 1"):
         wikitext2(folder, window=0)
     with pytest.raises(InputError, match=r"neither train.txt nor wiki.train.tokens is there"):
+        wikitext2(folder.parent)
+    with pytest.raises(InputError, match=r"no such folder.*nowhere"):
         wikitext2(folder / "nowhere")
     (folder / "valid.txt").rename(folder / "wiki.valid.tokens")
     assert len(wikitext2(folder, window=3).heldout) == 2

@@ -12,7 +12,7 @@ from threading import Thread
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "data" / "wikitext-2" / "prepare.py"
+SCRIPT = Path(__file__).parents[2] / "data" / "wikitext2" / "prepare.py"
 TEXTS = {"train": " a b <unk> \n \n a c \n", "valid": " a \n", "test": " b c \n"}
 COUNTS = [
     "train: 3 lines, 8 tokens",

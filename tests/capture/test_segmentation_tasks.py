@@ -225,7 +225,7 @@ def write_nothing(root):
         (write_large_index, "ann_dir/area1.png", "7 is no index of a mask (0 to 6)"),
         (write_colours_as_indices, "ann_dir/area1.png", "expected a mask of one channel"),
         (write_grey, "img_dir/area1.png", "expected an RGB image"),
-        (write_nothing, "", "data/vaihingen/prepare.py says how to get the data"),
+        (write_nothing, "", "run data/vaihingen/prepare.py --root DIR"),
     ],
 )
 def test_files_that_are_not_what_they_should_be_are_named(tmp_path, write, file, words):
@@ -238,9 +238,9 @@ def test_files_that_are_not_what_they_should_be_are_named(tmp_path, write, file,
 
 @pytest.mark.parametrize("name", ["vaihingen", "camvid"])
 def test_without_a_folder_the_message_tells_how_to_get_the_data(name, tmp_path):
-    with pytest.raises(UsageError, match=f"give --data-root DIR; data/{name}/prepare.py says how"):
+    with pytest.raises(UsageError, match=f"give --data-root DIR; data/{name}/prepare.py fills one"):
         build_task(name)
-    with pytest.raises(InputError, match=f"data/{name}/prepare.py says how to get the data"):
+    with pytest.raises(InputError, match=f"run data/{name}/prepare.py --root DIR"):
         build_task(name, data_root=str(tmp_path / "nowhere"))
 
 

@@ -1,6 +1,6 @@
 """Bring WikiText-2 here: three texts, with their published numbers of lines and tokens.
 
-Example: python data/wikitext-2/prepare.py --root /data/wikitext-2
+Example: python data/wikitext2/prepare.py --root /data/wikitext2
 """
 
 from __future__ import annotations
