@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn.functional import relu
@@ -120,54 +121,24 @@ def resnet(
     return ResNet(input_shape[0], num_classes, depth, round(channels * width), stem)
 
 
-def resnet18(
-    input_shape: Sequence[int],
-    num_classes: int,
-    *,
-    width: float = 1.0,
-    channels: int = 64,
-    stem: str | None = None,
-) -> ResNet:
-    """Make ResNet-18, 11,173,962 parameters for CIFAR-10; the image decides on the stem."""
-    return _named(18, input_shape, num_classes, width, channels, stem)
-
-
-def resnet50(
-    input_shape: Sequence[int],
-    num_classes: int,
-    *,
-    width: float = 1.0,
-    channels: int = 64,
-    stem: str | None = None,
-) -> ResNet:
-    """Make ResNet-50, 25,557,032 parameters for ImageNet; the image decides on the stem."""
-    return _named(50, input_shape, num_classes, width, channels, stem)
-
-
-def resnet152(
-    input_shape: Sequence[int],
-    num_classes: int,
-    *,
-    width: float = 1.0,
-    channels: int = 64,
-    stem: str | None = None,
-) -> ResNet:
-    """Make ResNet-152, 60,192,808 parameters for ImageNet; the image decides on the stem."""
-    return _named(152, input_shape, num_classes, width, channels, stem)
-
-
-def _named(
+def published(
     depth: int,
     input_shape: Sequence[int],
     num_classes: int,
-    width: float,
-    channels: int,
-    stem: str | None,
+    *,
+    width: float = 1.0,
+    channels: int = 64,
+    stem: str | None = None,
 ) -> ResNet:
+    """Make a ResNet of the published size; the size of the image decides on the stem."""
     fitting = "small" if max(input_shape[1:]) <= SMALL_IMAGE else "large"
     return resnet(
         input_shape, num_classes, width=width, depth=depth, channels=channels, stem=stem or fitting
     )
+
+
+# Parameters: 11,173,962 for CIFAR-10; 11,689,512, 25,557,032 and 60,192,808 for ImageNet.
+resnet18, resnet50, resnet152 = (partial(published, depth) for depth in (18, 50, 152))
 
 
 def _stem(channels_in: int, channels: int, kind: str) -> nn.Sequential:
