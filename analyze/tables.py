@@ -52,9 +52,14 @@ _KEYS: tuple[tuple[str, Any, str, str], ...] = (
     ("reference", pa.string(), "", "w*, as typed"),
     ("num_parameters", pa.int64(), "", "coordinates in the group"),
 )
-_FROM_SCALARS = ("loss", "lr", "clip_factor")
+_FROM_SCALARS = ("lr", "clip_factor")
 _LAST: tuple[tuple[str, Any, str, str], ...] = (
-    ("loss", pa.float64(), "loss", "training loss of the minibatch of step t"),
+    (
+        "loss",
+        pa.float64(),
+        "loss",
+        "mean loss of the row's own batch, else the minibatch of step t",
+    ),
     ("lr", pa.float64(), "weight²/loss", "learning rate of step t, first parameter group"),
     ("clip_factor", pa.float64(), "1", "gradient of the step / unclipped one; NaN unknown"),
     ("nonfinite", pa.int64(), "", "NaN or infinite coordinates of w, g or w* in the group"),
@@ -245,8 +250,18 @@ def _block(
             for q in QUANTITIES
         },
         **{name: pa.array(measure.scalar(name, steps)[row]) for name in _FROM_SCALARS},
+        "loss": pa.array(_losses(measure, stream, steps)[row]),
         "nonfinite": pa.array(bad["nonfinite"].astype(np.int64)[row, reference, group]),
     }
+
+
+def _losses(measure: Measure, stream: StreamMoments, steps: Integers) -> NDArray[np.float64]:
+    """Loss of each row: that of its own batch where the stream keeps it, else the minibatch's."""
+    recorded = measure.run.stream(stream.stream)
+    if recorded.losses is None:
+        return measure.scalar("loss", steps)
+    rows = np.searchsorted(recorded.steps, stream.steps)
+    return np.asarray(recorded.losses[rows].reshape(len(steps)))
 
 
 def _texts(names: Sequence[str], index: NDArray[Any]) -> Any:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from analyze import measure_run
 from capture import Recorder
 from capture.config import read_config
 from capture.gradients import Probe, undisturbed
@@ -134,6 +135,17 @@ def test_a_fixed_batch_is_the_gradient_of_its_samples(live):
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-6)
     assert stream.losses is not None
     assert stream.losses[row, 1] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_table_has_the_loss_of_each_batch(live):
+    rows = measure_run(str(live), ["final"])["model"].to_pandas()
+    run = open_run(live)
+    for name in NAMES:
+        losses = run.stream(name).losses
+        found = rows[rows.stream == name].sort_values(["step", "batch"]).loss.to_numpy()
+        np.testing.assert_array_equal(found, losses.reshape(-1))
+    minibatch = rows[rows.stream == "minibatch"]
+    np.testing.assert_array_equal(minibatch.loss, run.scalar("loss")[minibatch.step])
 
 
 def _samples(task, facts):
