@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from capture.store.errors import MismatchError
+from capture.store.errors import MismatchError, UsageError
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,19 @@ class Average:
     Row t of the stream is the average as it is before update t.
 
     Raises:
+        UsageError: One of the two is no module.
         MismatchError: The parameters of the two differ in number or shape.
     """
 
     batches = None
 
     def __init__(self, averaged: nn.Module, model: nn.Module) -> None:
+        if not isinstance(averaged, nn.Module) or not isinstance(model, nn.Module):
+            raise UsageError(
+                "an average and its model must both be torch.nn.Module",
+                where=f"Average({type(averaged).__name__}, {type(model).__name__})",
+                fix="give Average(averaged, model)",
+            )
         pairs = list(zip(model.parameters(), averaged.parameters(), strict=False))
         alike = len(list(model.parameters())) == len(list(averaged.parameters()))
         if not alike or any(one.shape != other.shape for one, other in pairs):

@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from capture.batches import BatchOrder
+from capture.describe import describe
 from capture.rng import restore_rng_state
 from capture.state import kept_steps, load_kept
 from capture.store import MismatchError, Run, UsageError, open_run
@@ -60,6 +61,13 @@ class Branch:
                 where=f"exclude_batch = {batch}",
                 fix="branch from the run that it came from",
             )
+        updates = self.run.final_step or int(self.run.stream(WEIGHTS).steps[-1])
+        if batch >= updates:
+            raise UsageError(
+                f"the parent has updates 0 to {updates - 1}",
+                where=f"exclude_batch = {batch}",
+                fix="name one of these",
+            )
         size, seed = self.config["batch_size"], self.config["data_seed"]
         number = batch + self.position - self.step
         (indices,) = BatchOrder(num_samples, size, seed).between(number, number + 1)
@@ -69,8 +77,15 @@ class Branch:
         """Give model and optimizer the state of the parent; the random numbers too, if one seed.
 
         Without a kept optimizer state only a step 0, or SGD without momentum, can be branched:
-        there is none to keep. `MismatchError` otherwise.
+        there is none to keep. `MismatchError` otherwise, and where the model is another one.
         """
+        difference = self.run.table.difference(describe(model, optimizer).table)
+        if difference is not None:
+            raise MismatchError(
+                f"the model is not that of the parent, {difference}",
+                where=self.run.path,
+                fix="leave out --model, --width and what else changes it",
+            )
         folder = self.run.path / WEIGHTS / "value" / PRIVATE_FOLDER
         if self.step in kept_steps(folder):
             tree = load_kept(folder, self.step)
@@ -107,8 +122,13 @@ def open_branch(text: str) -> Branch:
     return Branch(run, int(step), before + int(step))
 
 
-def inherited(text: str) -> dict[str, Any]:
-    """The parent's configuration, as the defaults of a branch; data order and ancestry are own."""
+def inherited(text: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parent's configuration, as the defaults of a branch; data order and ancestry are own.
+
+    Under another optimizer than the parent's, among what is `given`, its rate and momentum go too.
+    """
     config = dict(open_branch(text).config)
-    own = ("branch", "exclude_batch", "data_seed", "keep_state", "device")
+    own = ["branch", "exclude_batch", "data_seed", "keep_state", "device"]
+    if given.get("optimizer", config["optimizer"]) != config["optimizer"]:
+        own += ["lr", "momentum"]
     return {key: value for key, value in config.items() if key not in own and value is not None}

@@ -210,6 +210,8 @@ def probe(run: str, gradients: str, steps: str | None, replace: bool, **flags: A
     RUN is the folder that `capture train --out` or a Recorder wrote. They are taken at its saved
     weights, w_T included. What an interrupted call has added stays: the same call goes on.
     """
+    logging.basicConfig(format="warning: %(message)s")
+
     from capture.arguments import parse_steps
     from capture.probe import probe_run
 

@@ -35,7 +35,8 @@ MOST = {
 MAX_TOTAL_STEPS = 10**9
 
 # What a resumed run may change, since it cannot change a bit of the result.
-FREE_ON_RESUME = ("data_root", "workers", "checkpoint_every", "keep_state")
+# `branch` is a path: the parent itself is compared.
+FREE_ON_RESUME = ("data_root", "workers", "checkpoint_every", "branch")
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def read_config(
         # Imported here because it brings torch along.
         from capture.branch import inherited
 
-        values = {**inherited(branch), **values}
+        values = {**inherited(branch, {**values, **given}), **values}
     return TrainConfig.from_dict({**values, **given})
 
 

@@ -18,7 +18,7 @@ from capture import __version__
 from capture.describe import Description
 from capture.norms import Norms
 from capture.schedule import Schedule
-from capture.snapshots import Source
+from capture.sources import Source
 from capture.store import MismatchError, RunWriter, TensorTable
 from capture.store.attributes import read_attributes
 from capture.store.layout import METADATA, WEIGHTS

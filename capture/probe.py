@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -11,9 +12,11 @@ from typing import Any
 from capture.config import TrainConfig
 from capture.describe import describe
 from capture.gradients import Probe
-from capture.progress import TrainingProgress
+from capture.progress import TrainingProgress, format_bytes
+from capture.provenance import data_difference, data_facts
 from capture.schedule import parse_schedule
 from capture.staging import HostCopies
+from capture.storage import free_bytes
 from capture.store import (
     MismatchError,
     Run,
@@ -22,12 +25,15 @@ from capture.store import (
     UnfinishedError,
     UnknownNameError,
     UsageError,
+    WriteError,
     open_run,
 )
 from capture.store.layout import WEIGHTS
 from capture.stored_weights import load_weights
 from capture.streams import PROBES, StreamRequest, parse_streams
 from capture.train import Training, deterministic, prepare
+
+logger = logging.getLogger("capture")
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,13 @@ def probe_run(
                 where=path,
                 fix="give the --model and --task that the run was trained with",
             )
+        other = data_difference(run.attributes.get("data"), data_facts(training.task))
+        if other is not None:
+            raise MismatchError(
+                f"the data are not those of the run, {other}",
+                where=training.config.data_root,
+                fix="give the --data-root that the run was trained with",
+            )
         wanted = {r.name: _steps(run, r, training, steps) for r in requests}
         with closing(RunWriter.reopen(path)) as writer:
             if replace_streams:
@@ -85,6 +98,7 @@ def _probe(
 ) -> Probed:
     todo = {n: _missing(writer, training.probes[n], n, steps) for n, steps in wanted.items()}
     steps = sorted({step for missing in todo.values() for step in missing})
+    _require_space(writer, training, todo)
     stagings = {name: writer.staging(name) for name in todo}
     copies = HostCopies(run.table)
     try:
@@ -100,6 +114,23 @@ def _probe(
     assert run.final_step is not None
     writer.finish(run.final_step)
     return Probed({name: len(missing) for name, missing in todo.items()})
+
+
+def _require_space(
+    writer: RunWriter, training: Training, todo: Mapping[str, Sequence[int]]
+) -> None:
+    sizes = writer.shard_bytes
+    needed = sum(
+        len(steps) * (training.probes[name].batches or 1) * sizes[name]
+        for name, steps in todo.items()
+    )
+    free = free_bytes(writer.path)
+    if needed > free:
+        raise WriteError(
+            f"the gradients need {format_bytes(needed)} and the disk has {format_bytes(free)} free",
+            where=writer.path,
+            fix="measure fewer batches or --steps, or free space",
+        )
 
 
 def _add_row(
@@ -203,4 +234,13 @@ def _steps(
         total_steps=run.final_step,
         steps_per_epoch=training.order.steps_per_epoch,
     )
+    assert run.final_step is not None
+    unsaved = sorted(set(schedule.steps(run.final_step)) - set(saved))
+    if unsaved and chosen is None:
+        logger.warning(
+            "%s: no weights are saved at %d of the steps that are due, the first is %d",
+            request.name,
+            len(unsaved),
+            unsaved[0],
+        )
     return [step for step in saved if schedule.due(step) or step == run.final_step]

@@ -47,15 +47,15 @@ from capture.resume import Moment, ResumeStates, Stateful
 from capture.schedule import Schedule, parse_schedule
 from capture.snapshots import (
     Snapshots,
-    Source,
     Update,
     require_scalar,
-    require_sources,
     stream_schedules,
 )
+from capture.sources import Source, require_sources
 from capture.state import load_newest
 from capture.store import SnapshotQueue, StraightwayError
 from capture.store.files import remove
+from capture.store.layout import WEIGHTS
 from capture.streams import MINIBATCH
 
 logger = logging.getLogger("capture")
@@ -77,7 +77,8 @@ class Recorder:
         attributes: Entries for the run's attributes (config, seeds, …); JSON values, under names
             that the run does not use itself.
         checkpoint_every: Save a resume state after every so many updates.
-        keep_state: After which updates a resume state is kept for good, for branches; as `every`.
+        keep_state: After which updates a resume state is kept for good, for branches, and the
+            weights are saved; as `every`.
         state: Objects with ``state_dict()`` and ``load_state_dict()`` that a resumed loop needs as
             they were, as in ``{"scheduler": scheduler, "scaler": scaler}``: saved in every resume
             state, and loaded by `resume`. Step schedulers after the optimizer, as torch asks: an
@@ -89,7 +90,7 @@ class Recorder:
             by default it is unknown (NaN) where `clip_grad_norm_` was not called. A loop that
             changes gradients after the backward pass is warned once, and its factors are NaN.
         sources: Where streams of `gradients` come from that are not the loop's own, by name; see
-            `capture.snapshots.Source`. Each is measured at every saved w_t and at w_T. As in
+            `capture.sources.Source`. Each is measured at every saved w_t and at w_T. As in
             ``gradients="minibatch,ema", sources={"ema": Average(averaged, model)}``.
 
     Attributes:
@@ -167,8 +168,9 @@ class Recorder:
         self._schedules = stream_schedules(
             every, gradients, total_steps, steps_per_epoch, tuple(sources or ())
         )
-        self._sources = {n: s for n, s in (sources or {}).items() if n in self._schedules}
-        require_sources(self._schedules, self._sources)
+        self._sources = require_sources(sources or {}, self._schedules)
+        if self._keep is not None:
+            self._schedules[WEIGHTS] = self._schedules[WEIGHTS].union(self._keep)
         if is_writing_rank:
             plan = RunPlan(
                 self.path,

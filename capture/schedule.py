@@ -60,6 +60,16 @@ class Schedule:
             or any(burst.due(step) for burst in self.bursts)
         )
 
+    def union(self, other: Schedule) -> Schedule:
+        """The steps of both."""
+        return Schedule(
+            f"{self.text}+{other.text}",
+            self.bursts + other.bursts,
+            self.listed | other.listed,
+            self.every_epoch or other.every_epoch,
+            self.steps_per_epoch,
+        )
+
     def steps(self, total_steps: int) -> list[int]:
         """All steps below `total_steps` that are saved, ascending, without the final iterate."""
         steps: list[int] = np.flatnonzero(self.mask(total_steps)).tolist()

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from capture.describe import Description
 from capture.norms import Norms, WeightsCopy
 from capture.schedule import Schedule, parse_schedule
+from capture.sources import Source, gradient_of, loss_of
 from capture.staging import HostCopies
 from capture.store import SnapshotQueue, Staging, UsageError
 from capture.store.layout import METADATA, UPDATES, WEIGHTS
-from capture.streams import MINIBATCH, STREAMS, parse_streams
+from capture.streams import MINIBATCH, parse_streams
 from capture.update_norms import SgdUpdateNorms
 
 MAX_NAME = 100
@@ -31,35 +32,6 @@ OWN_SCALARS = (
     *("epoch", "lr", "clip_factor", "grad_norm", "update_norm", "grad_norm_by_tensor"),
     *("update_norm_by_tensor", "group_lr", "group_momentum", "group_weight_decay"),
 )
-
-
-class Measured(Protocol):
-    """The mean loss of a batch and its gradient by tensor, `None` where a tensor got none."""
-
-    @property
-    def loss(self) -> float | None:
-        """The mean loss, `None` where there is none."""
-
-    @property
-    def gradient(self) -> Sequence[torch.Tensor | None]:
-        """Its gradient, in the order of the trainable tensors."""
-
-
-class Source(Protocol):
-    """Where a stream comes from that is not the training's own; `batches` is K or `None`.
-
-    It must leave model, gradients and random numbers as they were.
-    """
-
-    @property
-    def batches(self) -> int | None:
-        """K, the number of batches in each row; `None` without such an axis."""
-
-    def measure(self, batch: int | None) -> Measured:
-        """Measure one batch at the model's current weights."""
-
-    def describe(self) -> dict[str, Any]:
-        """What the run remembers of it, as JSON."""
 
 
 @dataclass
@@ -204,11 +176,10 @@ class Snapshots:
             batches = [None] if source.batches is None else range(source.batches)
             for batch in batches:
                 found = source.measure(batch)
+                gradient, loss = gradient_of(found, name, self._seen.table), loss_of(found, name)
                 staging = self.queue.acquire(name)
-                self._copies.copy_parameters(staging, found.gradient)
-                self.queue.submit(
-                    name, staging, step=step, epoch=epoch, batch=batch, loss=found.loss
-                )
+                self._copies.copy_parameters(staging, gradient)
+                self.queue.submit(name, staging, step=step, epoch=epoch, batch=batch, loss=loss)
 
     def _due(self, update: Update) -> list[str]:
         """Streams that are saved at this step; a gradient never without its weights."""
@@ -307,17 +278,6 @@ def stream_schedules(
     requests = parse_streams(text, others)
     own = {r.name: main if r.schedule is None else parse(r.schedule) for r in requests}
     return {WEIGHTS: main, **own}
-
-
-def require_sources(schedules: Mapping[str, Schedule], sources: Mapping[str, Source]) -> None:
-    """Raise `UsageError` for a stream that neither the training nor a source gives."""
-    for name in schedules:
-        if name not in (WEIGHTS, *STREAMS) and name not in sources:
-            raise UsageError(
-                "a loop's own step does not give this stream",
-                where=name,
-                fix=f"give Recorder(…, sources={{{name!r}: …}}), or add it later by capture probe",
-            )
 
 
 def _by_tensor(name: str, values: NDArray[np.float64]) -> dict[str, Any]:

@@ -75,6 +75,13 @@ def plan_storage(
         name: parse_schedule(text, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
         for name, text in texts.items()
     }
+    kept = 0
+    if keep_state is not None:
+        keeping = parse_schedule(
+            keep_state, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+        )
+        schedules[WEIGHTS] = schedules[WEIGHTS].union(keeping)
+        kept = int(np.count_nonzero(keeping.mask(total_steps)))
     rows = dict.fromkeys(schedules, 0)
     for start in range(0, total_steps, PIECE):
         stop = min(start + PIECE, total_steps)
@@ -86,12 +93,6 @@ def plan_storage(
     batches = {name: requests[name].batches if name in requests else None for name in rows}
     for name in rows:
         rows[name] += name == WEIGHTS or name in PROBES  # the final iterate
-    kept = 0
-    if keep_state is not None:
-        keeping = parse_schedule(
-            keep_state, total_steps=total_steps, steps_per_epoch=steps_per_epoch
-        )
-        kept = int(np.count_nonzero(keeping.mask(total_steps)))
     groups, tensors = 1, len(table.parameters)
     scalars = 8 * total_steps * (6 + 3 * groups + 2 * tensors)
     model = sum(tensor.nbytes for tensor in (*table.parameters, *table.buffers, *table.frozen))

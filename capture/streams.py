@@ -86,7 +86,7 @@ def _parse_stream(text: str, others: Collection[str]) -> StreamRequest:
         raise UsageError(
             "no such gradient stream",
             where=repr(text),
-            fix=f"{hint}known are {', '.join(known)}, or none",
+            fix=f"{hint}known are {', '.join(known)}, or none; Recorder(sources=…) takes others",
         )
     if at:
         # Parsed here so that a wrong one is told at once; total_steps matters for log:N alone.

@@ -27,7 +27,7 @@ from capture.interruption import Interrupted, StopRequest
 from capture.models import build_model
 from capture.optimizers import LearningRate, build_optimizer, learning_rate
 from capture.progress import TrainingProgress
-from capture.provenance import require_same, run_attributes
+from capture.provenance import data_facts, require_same, run_attributes
 from capture.recorder import Recorder
 from capture.rng import seed_all
 from capture.storage import Storage, plan_storage, require_space
@@ -154,6 +154,7 @@ def train(
         config, model, optimizer = training.config, training.model, training.optimizer
         order, total = training.order, training.total_steps
         attributes, offset = run_attributes(config), training.offset
+        attributes["data"] = data_facts(training.task)
         if training.branch is not None:
             attributes["parent"] = training.branch.describe(config.exclude_batch)
         if resume and (out / METADATA).exists():

@@ -76,7 +76,7 @@ def read_cifar10(folder: Path) -> Records:
     """
     files = find_batches(folder)
     if not files:
-        expected = "data_batch_1.bin to data_batch_5.bin, or the same without .bin,"
+        expected = "data_batch_1.bin to data_batch_5.bin, or the same without .bin"
         raise missing("cifar10", expected, folder)
     parts = [_read_binary(file) if file.suffix else _read_pickle(file) for file in files]
     images = np.concatenate([pixels for pixels, _ in parts]).reshape(-1, 3, 32, 32)

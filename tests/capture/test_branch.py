@@ -132,4 +132,35 @@ def test_what_cannot_be_branched_is_refused(parent):
         run_training("x.zarr", task="digits", exclude_batch=3)
     with pytest.raises(UsageError, match="the branch begins at 60"):
         run_training("x.zarr", branch="parent.zarr@60")
+    with pytest.raises(UsageError, match="the parent has updates 0 to 59"):
+        run_training("x.zarr", branch="parent.zarr@20", exclude_batch=60)
+    with pytest.raises(MismatchError, match="the model is not that of the parent"):
+        run_training("x.zarr", branch="parent.zarr@20", model="mlp")
     assert not Path("x.zarr").exists()
+
+
+def test_weights_are_saved_where_states_are_kept(folder):
+    run = run_training("kept.zarr", task="digits", max_steps=9, every="4", keep_state="3")
+    assert run.stream("weights").steps.tolist() == [0, 3, 4, 6, 8, 9]
+    assert run.stream("minibatch").steps.tolist() == [0, 4, 8]
+    branch = run_training("of-kept.zarr", branch="kept.zarr@3")
+    np.testing.assert_array_equal(weights(branch, 6), weights(run, 9))
+
+
+def test_a_branch_is_known_by_its_parent_not_by_the_path(parent, folder, monkeypatch):
+    run_training("known.zarr", branch="parent.zarr@40", data_seed=3)
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    flags = {"every": "10", "threads": 1, "data_seed": 3}
+    config = read_config(flags={**flags, "branch": "../parent.zarr@40"})
+    assert train(config, "../known.zarr", resume=True).already_complete
+    other = read_config(flags={**flags, "branch": "../parent.zarr@20"})
+    with pytest.raises(
+        MismatchError, match=r"branched from parent.zarr@40, this from parent.zarr@20"
+    ):
+        train(other, "../known.zarr", resume=True)
+
+
+def test_another_optimizer_in_a_branch_takes_its_own_defaults(parent):
+    config = read_config(flags={"branch": "parent.zarr@0", "optimizer": "sgd"})
+    assert (config.momentum, config.lr) == (None, None)

@@ -251,6 +251,23 @@ def test_a_subset_of_steps_then_more_and_replacing(folder):
     assert verify_run(run).sound
 
 
+def test_other_data_are_refused_and_steps_without_weights_are_told(folder, plain, caplog):
+    text = (
+        MODULE
+        + """
+def fewer(data_root=None):
+    task = Shifted()
+    task.train = torch.utils.data.TensorDataset(*task.train[:1400])
+    return task
+"""
+    )
+    (folder / "fewer_module.py").write_text(text)
+    with pytest.raises(MismatchError, match=r"it had 1437 samples \(train\), here are 1400"):
+        probe_run(plain, "fixed", changes={"task": "fewer_module:fewer"})
+    probe_run(plain, "full@5", replace_streams=True)
+    assert "full: no weights are saved at 5 of the steps that are due" in caplog.text
+
+
 def test_what_cannot_be_probed_is_refused(folder, plain):
     with pytest.raises(UsageError, match="only gradients of other batches"):
         probe_run(plain, "minibatch")
