@@ -162,6 +162,9 @@ class Bucket:
     def address(self, name="run.zarr"):
         return f"s3://{self.name}/{name}"
 
+    def names(self, name="run.zarr"):
+        return [place.key for place, _ in self.place("", name).below()]
+
     def files(self, name="run.zarr"):
         """Bytes of every object of a run by its path."""
         found = [place for place, _ in self.place("", name).below()]

@@ -167,7 +167,7 @@ def test_a_killed_writer_is_followed_by_another(
     arguments = [*command, bucket.address(), "40"]
     process = subprocess.Popen(arguments, env={**environment, **os.environ}, stdout=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while "weights/value/c/5/0" not in bucket.files():
+    while "weights/value/c/5/0" not in bucket.names():
         assert process.poll() is None
         assert time.monotonic() < deadline
     process.send_signal(signal.SIGKILL)
