@@ -3,20 +3,21 @@
 It is created only if absent, and names its owner and a time, which the owner renews every
 `RENEW_SECONDS`. A process that was killed leaves it behind: after `STALE_SECONDS` without renewal
 another may take it over, on condition that nobody else did in between. Times are those of the
-machines' clocks, which must agree to within seconds. An owner that finds its lock taken writes
-nothing more.
+machines' clocks, which must agree to within seconds. An owner that finds its lock taken, as one
+does that was suspended, writes nothing more.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import threading
 import time
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from capture.store.errors import DamagedError, InputError, LockedError, WriteError
 from capture.store.objects import ObjectPath, version_of
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 RENEW_SECONDS = 15.0
 STALE_SECONDS = 60.0
+
+# Conditional requests are not sent again by obstore, which cannot know whether one arrived.
+TRIES = 4
+FIRST_WAIT_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,17 @@ class ObjectLock:
         self._path = path
         self._owner = uuid.uuid4().hex
         self._lost = False
+        self._renewed = time.time()
+        self._renewing = threading.Lock()
         self._version = self._take()
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="straightway-lock", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raise `WriteError` where another process has taken the lock over."""
+        """Raise `WriteError` where another process has taken the lock over, or may have by now."""
+        if time.time() - self._renewed >= STALE_SECONDS:
+            self._renew()
         if self._lost:
             raise WriteError(
                 "another process has taken this run over, for the lock was not renewed in time",
@@ -109,7 +118,7 @@ class ObjectLock:
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
         try:
-            return self._path.write_bytes(self._content(), "create")
+            return self._put("create")
         except (AlreadyExistsError, PreconditionError):
             version = self._current()
             held = holder(self._path)
@@ -123,7 +132,7 @@ class ObjectLock:
                 f"free in {STALE_SECONDS - held.age:.0f} s: then --resume",
             )
         try:
-            return self._path.write_bytes(self._content(), version or "create")
+            return self._put(version or "create")
         except (AlreadyExistsError, PreconditionError) as error:
             raise LockedError(
                 "another process has just begun to write this run",
@@ -151,15 +160,27 @@ class ObjectLock:
     def _renew(self) -> None:
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-        try:
-            self._version = self._path.write_bytes(self._content(), self._version)
-        except (AlreadyExistsError, PreconditionError):
-            # Also where an earlier renewal arrived and only its answer was lost.
-            version, held = self._current(), holder(self._path)
-            if version is None or held is None or held.owner != self._owner:
-                self._lost = True
-            else:
+        with self._renewing:
+            now = time.time()
+            try:
+                self._version = self._put(self._version)
+            except (AlreadyExistsError, PreconditionError):
+                # Also where an earlier renewal arrived and only its answer was lost.
+                version, held = self._current(), holder(self._path)
+                if version is None or held is None or held.owner != self._owner:
+                    self._lost = True
+                    return
                 self._version = version
+            self._renewed = now
+
+    def _put(self, mode: Literal["create"] | UpdateVersion) -> UpdateVersion:
+        """Put the lock on a condition; again where the store does not answer."""
+        for number in range(TRIES - 1):
+            try:
+                return self._path.write_bytes(self._content(), mode)
+            except WriteError:
+                time.sleep(FIRST_WAIT_SECONDS * 2**number * (1 + random.random()))
+        return self._path.write_bytes(self._content(), mode)
 
     def _content(self) -> bytes:
         held = {"owner": self._owner, "host": socket.gethostname(), "process": os.getpid()}

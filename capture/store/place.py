@@ -31,6 +31,8 @@ def place_of(address: str | os.PathLike[str]) -> Place:
             where=text,
             fix="give a path, or an address with s3://, gs:// or az://",
         )
+    if not {"?", "#", "%"}.isdisjoint(rest):
+        raise UsageError("no name with ?, # or %", where=text, fix="choose another name")
     name = rest.strip("/")
     if "/" not in name and scheme != "memory":
         fix = f"add a name, as in {scheme}://{name or 'bucket'}/run.zarr"

@@ -324,6 +324,7 @@ class RunWriter:
         self._lock.release()
 
     def _write_attributes(self) -> None:
+        self._lock.check()
         self._attributes[ATTRIBUTES_CHECKSUM] = attributes_checksum(self._attributes)
         document = group_document({ATTRIBUTES_KEY: self._attributes})
         write_json(self.path / METADATA, document, self.state_folder)

@@ -56,9 +56,9 @@ def site(serve, tmp_path):
 class Proxy(BaseHTTPRequestHandler):
     """Passes requests on to a server, but for those that `fault` picks.
 
-    `fault(method, path)` says ``busy`` (503), ``close`` (no answer), ``cut`` (the connection ends
-    within the body), ``short`` (half a body, as if it were all), ``flip`` (one bit changed), or
-    `None`.
+    `fault(method, path)` says ``busy`` (503), ``close`` (not passed on, no answer), ``lost``
+    (passed on, no answer), ``cut`` (the connection ends within the body), ``short`` (half a body,
+    as if it were all), ``flip`` (one bit changed), or `None`.
     """
 
     protocol_version = "HTTP/1.1"
@@ -79,6 +79,9 @@ class Proxy(BaseHTTPRequestHandler):
         answer = server.getresponse()
         data = answer.read()
         server.close()
+        if fault == "lost":
+            self.close_connection = True
+            return
         if fault == "short":
             data = data[: len(data) // 2]
         if fault == "flip":

@@ -103,6 +103,11 @@ def test_it_is_measured_as_a_local_run_is(tmp_path, local, remote):
     assert theirs.drop_columns(drop).to_pandas().equals(near)
 
 
+def test_a_report_is_made_of_it(tmp_path, remote):
+    call(analyze, "report", remote, "--out", tmp_path / "report.html")
+    assert remote in (tmp_path / "report.html").read_text()
+
+
 def test_a_probe_adds_the_same_objects(bucket, local, remote, tmp_path):
     probed = tmp_path / "probed.zarr"
     shutil.copytree(local, probed)
@@ -136,7 +141,8 @@ def test_a_stopped_and_resumed_training_is_the_same_bytes(bucket, local, signum,
     if signum == signal.SIGKILL:
         assert LOCK in bucket.files()
         # As if the stated time had passed.
-        monkeypatch.setattr(object_lock, "STALE_SECONDS", 0.0)
+        monkeypatch.setattr(object_lock, "STALE_SECONDS", 0.5)
+        time.sleep(0.6)
     else:
         assert process.returncode == 143
         assert "--resume" in errors

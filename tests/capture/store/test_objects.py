@@ -159,9 +159,7 @@ def test_streams_are_added_and_removed(bucket, sample, local):
     assert bucket.files() == local
 
 
-def test_a_killed_writer_is_followed_by_another(
-    bucket, sample, program, tmp_path, short_lock, monkeypatch
-):
+def test_a_killed_writer_is_followed_by_another(bucket, sample, program, tmp_path, short_lock):
     sample.record(tmp_path / "whole.zarr", 40)
     command, environment = program
     arguments = [*command, bucket.address(), "40"]
@@ -175,9 +173,20 @@ def test_a_killed_writer_is_followed_by_another(
     assert process.returncode == -signal.SIGKILL
     assert LOCK in bucket.files()
     assert verify_run(bucket.address()).sound
-    monkeypatch.setattr(object_lock, "STALE_SECONDS", 0.0)
+    time.sleep(1.1)
     sample.go_on(bucket.address(), 40)
     assert bucket.files() == files_of(tmp_path / "whole.zarr")
+
+
+def test_a_large_object_goes_up_in_parts_and_is_whole(bucket, monkeypatch):
+    monkeypatch.setattr(objects, "WHOLE_BYTES", 2**20)
+    monkeypatch.setattr(objects, "PART_BYTES", 5 * 2**20)
+    asked = []
+    bucket.fail(lambda method, path: asked.append(method) or None)
+    data = np.random.default_rng(0).bytes(11 * 2**20)
+    bucket.place("large").write_bytes(data)
+    assert asked.count("PUT") == 3
+    assert bucket.place("large").read_bytes() == data
 
 
 # The lock.
@@ -221,6 +230,25 @@ def test_a_stale_lock_is_taken_over_and_its_owner_writes_no_more(bucket, sample,
     assert LOCK in bucket.files()
     second.flush()
     second.close()
+    assert LOCK not in bucket.files()
+
+
+@pytest.mark.parametrize("fault", ["close", "lost"])
+def test_a_lock_whose_answer_is_lost_is_ours_all_the_same(bucket, sample, monkeypatch, fault):
+    monkeypatch.setattr(object_lock, "FIRST_WAIT_SECONDS", 0.01)
+    asked = []
+
+    def first(method, path):
+        if method == "PUT" and path.endswith("/lock"):
+            asked.append(path)
+            return fault if len(asked) == 1 else None
+        return None
+
+    bucket.fail(first)
+    writer = sample.create(bucket.address())
+    writer.flush()
+    writer.close()
+    assert len(asked) > 1
     assert LOCK not in bucket.files()
 
 
@@ -352,7 +380,11 @@ def test_no_run_is_no_run(bucket):
 
 @pytest.mark.parametrize(
     ("address", "words"),
-    [("ftp://host/run.zarr", "begins with ftp://"), ("s3://bucket", "no run is named")],
+    [
+        ("ftp://host/run.zarr", "begins with ftp://"),
+        ("s3://bucket", "no run is named"),
+        ("s3://bucket/run#1.zarr", "no name with"),
+    ],
 )
 def test_other_addresses_are_refused(address, words):
     with pytest.raises(UsageError, match=words):
