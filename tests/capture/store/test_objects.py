@@ -12,6 +12,7 @@ import sys
 import time
 from datetime import timedelta
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from capture.store import (
 from capture.store import writer as writer_module
 from capture.store.objects import ObjectPath
 
+ROOT = Path(__file__).parents[3]
 LOCK = "weights/value/.straightway/lock"
 SHARD = "weights/value/c/1/0"
 
@@ -187,6 +189,41 @@ def test_a_large_object_goes_up_in_parts_and_is_whole(bucket, monkeypatch):
     bucket.place("large").write_bytes(data)
     assert asked.count("PUT") == 3
     assert bucket.place("large").read_bytes() == data
+
+
+def test_a_run_that_ends_at_any_change_goes_on_to_the_same_objects(tmp_path, sample, monkeypatch):
+    sample.record(tmp_path / "whole.zarr", 2)
+    whole = files_of(tmp_path / "whole.zarr")
+    monkeypatch.setattr(writer_module, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(object_lock, "STALE_SECONDS", 0.0)
+    monkeypatch.setattr(object_lock, "FIRST_WAIT_SECONDS", 0.0)
+    left = 0
+
+    def deadly(change):
+        def changed(place, *arguments):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise WriteError("this is the end", where=place)
+            return change(place, *arguments)
+
+        return changed
+
+    for changes in count():
+        root, left = ObjectPath(f"memory://crash-{changes}.zarr"), changes
+        with monkeypatch.context() as patch:
+            for name in ("write_bytes", "remove"):
+                patch.setattr(ObjectPath, name, deadly(getattr(ObjectPath, name)))
+            try:
+                sample.go_on(root, 2)
+                break
+            except WriteError:
+                pass
+        if (root / "zarr.json").exists():
+            assert verify_run(root).problems == []
+        sample.go_on(root, 2)
+        assert {place.key: place.read_bytes() for place, _ in root.below()} == whole, changes
+    assert changes > 60
 
 
 # The lock.
@@ -389,6 +426,17 @@ def test_no_run_is_no_run(bucket):
 def test_other_addresses_are_refused(address, words):
     with pytest.raises(UsageError, match=words):
         open_run(address)
+
+
+def test_local_runs_do_without_obstore():
+    program = (
+        "import sys; sys.modules['obstore'] = None; "
+        "from capture.store import open_run, verify_run, RunWriter, NotARunError\n"
+        "try: open_run('nothing.zarr')\nexcept NotARunError: print('asked')"
+    )
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "asked\n"
 
 
 def test_without_obstore_the_extra_is_named(monkeypatch):
