@@ -16,11 +16,12 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from capture.store.errors import DamagedError, InputError, LockedError, WriteError
-from capture.store.objects import ObjectPath, version_of
+from capture.store.objects import ObjectPath
 
 if TYPE_CHECKING:
     from obstore import UpdateVersion
@@ -106,13 +107,16 @@ class ObjectLock:
             )
 
     def release(self) -> None:
-        """Give the lock back; releasing twice is harmless."""
+        """Give the lock back, if it is still ours; releasing twice is harmless."""
         if self._released.is_set():
             return
         self._released.set()
         self._thread.join()
-        if not self._lost:
-            self._path.remove()
+        # Where the store does not answer, the lock becomes stale by itself.
+        with suppress(WriteError, InputError):
+            held = holder(self._path)
+            if held is not None and held.owner == self._owner:
+                self._path.remove()
 
     def _take(self) -> UpdateVersion:
         from obstore.exceptions import AlreadyExistsError, PreconditionError
@@ -120,7 +124,7 @@ class ObjectLock:
         try:
             return self._put("create")
         except (AlreadyExistsError, PreconditionError):
-            version = self._current()
+            version = self._path.version()
             held = holder(self._path)
         # Ours: the first request arrived, and only its answer was lost.
         if held is not None and held.owner != self._owner and held.age < STALE_SECONDS:
@@ -140,14 +144,6 @@ class ObjectLock:
                 fix="wait for it to end, or choose another --out",
             ) from error
 
-    def _current(self) -> UpdateVersion | None:
-        """The version that lies there now; `None` where there is none."""
-        try:
-            found = self._path.store.head(self._path.key)
-        except FileNotFoundError:
-            return None
-        return version_of(found["e_tag"], found["version"])
-
     def _keep(self) -> None:
         while not self._released.wait(RENEW_SECONDS):
             try:
@@ -166,7 +162,7 @@ class ObjectLock:
                 self._version = self._put(self._version)
             except (AlreadyExistsError, PreconditionError):
                 # Also where an earlier renewal arrived and only its answer was lost.
-                version, held = self._current(), holder(self._path)
+                version, held = self._path.version(), holder(self._path)
                 if version is None or held is None or held.owner != self._owner:
                     self._lost = True
                     return

@@ -159,7 +159,7 @@ class ObjectPath:
                 use_multipart=mode == "overwrite" and len(view) > WHOLE_BYTES,
                 chunk_size=PART_BYTES,
             )
-        return version_of(done["e_tag"], done["version"])
+        return _version(done["e_tag"], done["version"])
 
     def remove(self) -> None:
         """Remove the object and all that lies below, if there is any; the run's root first."""
@@ -171,18 +171,20 @@ class ObjectPath:
                 except FileNotFoundError:
                     continue
 
-    def _is_object(self) -> bool:
-        if not self.key:
-            return False
+    def version(self) -> UpdateVersion | None:
+        """Which version of the object is here, for a conditional write; `None` without any."""
         with _reading(self):
             try:
-                self.store.head(self.key)
+                found = self.store.head(self.key)
             except FileNotFoundError:
-                return False
-        return True
+                return None
+        return _version(found["e_tag"], found["version"])
+
+    def _is_object(self) -> bool:
+        return bool(self.key) and self.version() is not None
 
 
-def version_of(e_tag: str | None, version: str | None) -> UpdateVersion:
+def _version(e_tag: str | None, version: str | None) -> UpdateVersion:
     """Say which version of an object a conditional write replaces; obstore takes no `None`."""
     found: UpdateVersion = {}
     if e_tag is not None:
