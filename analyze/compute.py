@@ -35,6 +35,7 @@ from capture.store import (
     open_run,
 )
 from capture.store.layout import ITERATES, WEIGHTS
+from capture.store.place import absolute_address
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def compute_moments(
     if not references:
         raise UsageError("there is no reference to measure against", fix="give one, such as final")
     names = tuple(dict.fromkeys(streams))
-    token, path = uuid.uuid4().hex, os.path.abspath(run)
+    token, path = uuid.uuid4().hex, absolute_address(run)
     plan = _Plan(token, path, names, tuple(references), moment_kind(moments))
     try:
         session = _open(plan)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,8 @@ from analyze import tables
 from analyze.axes import Values
 from analyze.curves import distinct
 from capture.store.errors import InputError, UsageError
+from capture.store.objects import ObjectPath
+from capture.store.place import place_of
 from capture.store.reader import open_run
 
 _MOMENTUM = "group_momentum"
@@ -44,7 +45,7 @@ def read_inputs(inputs: Sequence[str]) -> Measured:
         raise UsageError("nothing to report on", fix="give runs or tables of `analyze compute`")
     texts = list(dict.fromkeys(inputs))
     read = [part for text in texts for part in _read(text)]
-    momenta = {text: _momenta(text) for text in texts if Path(text).is_dir()}
+    momenta = {text: _momenta(text) for text in texts if place_of(text).is_dir()}
     table = _without_repeats(tables.concatenate(read)) if len(read) > 1 else read[0]
     metadata = tables.read_metadata(table)
     return Measured(
@@ -65,10 +66,10 @@ def _grouping(by: str) -> str:
 
 
 def _read(text: str) -> list[pa.Table]:
-    path = Path(text)
+    path = place_of(text)
     if path.is_dir():
         return _measure(text)
-    if not path.exists():
+    if isinstance(path, ObjectPath) or not path.exists():
         fix = "give a run (.zarr), or a table that `analyze compute` wrote"
         raise InputError("no such run or table", where=path, fix=fix)
     table = tables.read_table(path)

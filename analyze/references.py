@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from analyze.tensor_file import TensorFile
 from capture.store import MismatchError, Run, UnknownNameError, UsageError, open_run
 from capture.store.layout import WEIGHTS
+from capture.store.place import absolute_address
 
 _FORMS = "final, step:N, mean:K, run:PATH[@STEP], file:PATH"
 
@@ -143,8 +144,8 @@ def parse_reference(text: str) -> Reference:
     if kind == "run" and value:
         path, at, step = value.rpartition("@")
         if at and path and _is_count(step):
-            return RunReference(text, os.path.abspath(path), int(step))
-        return RunReference(text, os.path.abspath(value), None)
+            return RunReference(text, absolute_address(path), int(step))
+        return RunReference(text, absolute_address(value), None)
     if kind == "file" and value:
         return FileReference(text, os.path.abspath(value))
     raise UsageError(f"{text!r} is no reference", fix=f"use one of {_FORMS}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -110,7 +109,7 @@ def open_branch(text: str) -> Branch:
     path, at, step = text.rpartition("@")
     if not at or not path or not step.isdecimal():
         raise UsageError("no branch", where=repr(text), fix="write RUN.zarr@STEP")
-    run = open_run(Path(path))
+    run = open_run(path)
     if not run.attributes.get("config"):
         raise UsageError(
             "the run was not recorded by capture train, so its training cannot go on here",

@@ -128,7 +128,12 @@ def main() -> None:
     ("--force", bool, "Start although the disk seems too small."),
 )
 @click.option(
-    "--out", cls=Option, section="Run", type=click.Path(), required=True, help="RUN.zarr to write."
+    "--out",
+    cls=Option,
+    section="Run",
+    type=click.Path(),
+    required=True,
+    help="RUN.zarr to write, or s3://BUCKET/RUN.zarr.",
 )
 def train(config: str | None, out: str, resume: bool, force: bool, **flags: Any) -> None:
     """Train, and record weights and gradients into a run store."""
@@ -150,7 +155,9 @@ def train(config: str | None, out: str, resume: bool, force: bool, **flags: Any)
     written = format_bytes(summary.bytes_written)
     click.echo(f"{summary.steps} steps in {summary.seconds:.1f} s: {results}", err=True)
     click.echo(f"{written} in {out}; next:", err=True)
-    target = shlex.quote(f"{out.rstrip('/').removesuffix('.zarr')}.parquet")
+    # Tables are files: that of a run on an object store lies in the working directory.
+    name = out.rstrip("/").rpartition("/")[2] if "://" in out else out.rstrip("/")
+    target = shlex.quote(f"{name.removesuffix('.zarr')}.parquet")
     click.echo(f"  analyze compute {shlex.quote(out)} --out {target}", err=True)
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 from capture.progress import format_bytes
 from capture.store import DamagedError, Run, open_run
 from capture.store.errors import RESTORE
 from capture.store.layout import LOCK, METADATA, PRIVATE_FOLDER, UPDATES, WEIGHTS
+from capture.store.place import Place, is_locked
 
 # What of a configuration a person wants to see first.
 SHOWN = (
@@ -106,22 +105,8 @@ def _table(run: Run, name: str) -> dict[str, Any]:
     return value
 
 
-def _is_being_recorded(root: Path) -> bool:
-    """Whether a process holds the run's lock; a shared one, given back at once, tells."""
-    lock = root / WEIGHTS / "value" / PRIVATE_FOLDER / LOCK
-    try:
-        descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(descriptor)
-    return False
+def _is_being_recorded(root: Place) -> bool:
+    return is_locked(root / WEIGHTS / "value" / PRIVATE_FOLDER / LOCK)
 
 
 def _settings(run: Run) -> dict[str, list[float]]:

@@ -7,7 +7,6 @@ import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from capture.sources import Source
 from capture.store import MismatchError, RunWriter, TensorTable
 from capture.store.attributes import read_attributes
 from capture.store.layout import METADATA, WEIGHTS
+from capture.store.place import Place
 
 logger = logging.getLogger("capture")
 
@@ -30,7 +30,7 @@ logger = logging.getLogger("capture")
 class RunPlan:
     """What a recorder is about to record; `total_steps` is what the user said of its length."""
 
-    path: Path
+    path: Place
     seen: Description
     optimizer: Mapping[str, Any]
     schedules: Mapping[str, Schedule]

@@ -14,6 +14,9 @@ from capture.batches import load_batches
 from capture.config import TrainConfig
 from capture.progress import format_bytes
 from capture.storage import Storage, existing_folder, free_bytes
+from capture.store import UsageError
+from capture.store.objects import ObjectPath
+from capture.store.place import place_of
 from capture.tasks import augment_of
 from capture.train import Training, deterministic, losses, prepare
 
@@ -127,7 +130,13 @@ def plan(config: TrainConfig, out: str | os.PathLike[str]) -> Plan:
     Trains a few steps of its own and writes a nameless temporary file beside `out`; neither leaves
     anything behind.
     """
-    out = Path(out)
+    out = place_of(out)
+    if isinstance(out, ObjectPath):
+        raise UsageError(
+            "there is no telling how much room an object store has, or how fast it is",
+            where=out,
+            fix="give a local --out: the bytes are the same",
+        )
     with deterministic(config.threads):
         training = prepare(config)
         storage = training.storage

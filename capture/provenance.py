@@ -20,6 +20,7 @@ from capture.config import TrainConfig
 from capture.opening import versions
 from capture.store import MismatchError
 from capture.store.attributes import read_attributes
+from capture.store.place import Place
 from capture.tasks import Task, augment_of
 
 logger = logging.getLogger("capture")
@@ -40,7 +41,7 @@ def run_attributes(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def require_same(out: Path, attributes: Mapping[str, Any]) -> None:
+def require_same(out: Place, attributes: Mapping[str, Any]) -> None:
     """Raise `MismatchError` where the run `out` was made otherwise than `attributes` say."""
     stored = read_attributes(out)
     if not stored.get("config"):

@@ -17,7 +17,6 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -54,8 +53,8 @@ from capture.snapshots import (
 from capture.sources import Source, require_sources
 from capture.state import load_newest
 from capture.store import SnapshotQueue, StraightwayError
-from capture.store.files import remove
 from capture.store.layout import WEIGHTS
+from capture.store.place import place_of, remove
 from capture.streams import MINIBATCH
 
 logger = logging.getLogger("capture")
@@ -65,7 +64,7 @@ class Recorder:
     """Records the updates of one optimizer into a run store; use it in a `with` statement.
 
     Args:
-        path: The run, a folder NAME.zarr.
+        path: The run, a folder NAME.zarr, or an address such as ``s3://bucket/NAME.zarr``.
         model: The model; wrappers of `torch.compile` and DDP are looked through.
         optimizer: The optimizer whose steps are recorded.
         every: Which weights are saved: every k steps, or a schedule such as ``"log:50"``.
@@ -134,7 +133,7 @@ class Recorder:
         clipped: bool | None = None,
         sources: Mapping[str, Source] | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = place_of(path)
         self.step = 0
         self.complete = False
         self.restored: dict[str, Any] | None = None

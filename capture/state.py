@@ -13,7 +13,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from safetensors.torch import save as serialize_tensors
 
 from capture.describe import DTYPE_NAMES
 from capture.store.errors import DamagedError, UsageError
-from capture.store.files import make_folders, read_confined, remove, write_durably
+from capture.store.place import Place, make_folders, read_confined, remove, write_durably
 
 STATE_VERSION = 1
 KEPT = 2
@@ -34,7 +33,7 @@ _NAME = re.compile(r"(\d{9,})\.json")
 _DATA_NAME = re.compile(r"\d{9,}-[0-9a-f]{8}\.safetensors")
 
 
-def save(folder: Path, step: int, tree: Any, *, keep: bool = False) -> None:
+def save(folder: Place, step: int, tree: Any, *, keep: bool = False) -> None:
     """Commit the state after `step` updates; afterwards it is one of the two newest.
 
     `keep` puts it into the subfolder `kept` instead, from where nothing is ever removed.
@@ -61,17 +60,17 @@ def save(folder: Path, step: int, tree: Any, *, keep: bool = False) -> None:
         _remove_others(folder, step)
 
 
-def kept_steps(folder: Path) -> list[int]:
+def kept_steps(folder: Place) -> list[int]:
     """Steps of the states that are kept for branches, ascending."""
     return sorted(step for step, _ in _listed(folder / KEPT_FOLDER))
 
 
-def load_kept(folder: Path, step: int) -> Any:
+def load_kept(folder: Place, step: int) -> Any:
     """Load a state that was kept; `DamagedError` where it is not as it was saved."""
     return _load(folder / KEPT_FOLDER, f"{step:09d}.json", step)
 
 
-def load_newest(folder: Path) -> tuple[int, Any, list[str]] | None:
+def load_newest(folder: Place) -> tuple[int, Any, list[str]] | None:
     """Load the newest sound state: its step, its tree, and a line for each damaged newer one.
 
     `None` where there is no state; `DamagedError` where there are some and none is sound.
@@ -91,7 +90,7 @@ def load_newest(folder: Path) -> tuple[int, Any, list[str]] | None:
     return None
 
 
-def _load(folder: Path, name: str, step: int) -> Any:
+def _load(folder: Place, name: str, step: int) -> Any:
     path = folder / name
     try:
         wrapped = json.loads(read_confined(folder, name))
@@ -114,13 +113,13 @@ def _load(folder: Path, name: str, step: int) -> Any:
         raise DamagedError("not a safetensors file", where=folder / state["file"]) from error
 
 
-def _listed(folder: Path) -> list[tuple[int, Path]]:
+def _listed(folder: Place) -> list[tuple[int, Place]]:
     """States by step, newest first."""
     matches = [(_NAME.fullmatch(path.name), path) for path in folder.glob("*.json")]
     return sorted(((int(m[1]), path) for m, path in matches if m), reverse=True)
 
 
-def _remove_others(folder: Path, newest: int) -> None:
+def _remove_others(folder: Place, newest: int) -> None:
     """Remove every state but the two newest, and tensor files that no state refers to."""
     states = _listed(folder)
     kept = [path for step, path in states if step <= newest][:KEPT]
@@ -133,7 +132,7 @@ def _remove_others(folder: Path, newest: int) -> None:
             remove(path)
 
 
-def _files_of(path: Path) -> list[str]:
+def _files_of(path: Place) -> list[str]:
     """Tensor files of a state; where its JSON is damaged, all files of its step."""
     try:
         return [json.loads(path.read_bytes())["state"]["file"]]

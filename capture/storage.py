@@ -14,6 +14,8 @@ from capture.progress import format_bytes
 from capture.schedule import parse_schedule
 from capture.store import ShardLayout, TensorTable, WriteError
 from capture.store.layout import WEIGHTS
+from capture.store.objects import ObjectPath
+from capture.store.place import Place
 from capture.streams import PROBES, parse_streams
 
 # Copies of the parameters that an optimizer keeps in its state.
@@ -118,8 +120,13 @@ def existing_folder(path: Path) -> Path:
     return path
 
 
-def require_space(path: Path, storage: Storage) -> None:
-    """Raise `WriteError` where the disk cannot hold the run; what a run has already, counts."""
+def require_space(path: Place, storage: Storage) -> None:
+    """Raise `WriteError` where the disk cannot hold the run; what a run has already, counts.
+
+    Object stores are taken to have room.
+    """
+    if isinstance(path, ObjectPath):
+        return
     present = sum(
         os.path.getsize(os.path.join(folder, name))
         for folder, _, names in os.walk(path)

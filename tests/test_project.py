@@ -107,7 +107,7 @@ def test_installed_metadata_is_that_of_this_tree() -> None:
     assert installed["License-Expression"] == "MIT"
     extras = installed.get_all("Provides-Extra", [])
     loops = {"transformers", "lightning", "accelerate", "integrations"}
-    assert set(extras) == {"capture", "analyze", "pipelines", "all", "dev", *loops}
+    assert set(extras) == {"capture", "analyze", "objects", "pipelines", "all", "dev", *loops}
     asked = [Requirement(line) for line in installed.get_all("Requires-Dist", [])]
     (torch,) = [each for each in asked if each.name == "torch"]
     assert str(torch.specifier) == ">=2.4"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,15 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from capture.store.errors import RESTORE, DamagedError
-from capture.store.files import make_folders, read_confined, remove, write_durably, write_json
 from capture.store.layout import METADATA, small_chunk_rows, small_document
+from capture.store.place import (
+    Place,
+    make_folders,
+    read_confined,
+    remove,
+    write_durably,
+    write_json,
+)
 
 
 class SmallArray:
@@ -28,7 +34,7 @@ class SmallArray:
 
     def __init__(
         self,
-        root: Path,
+        root: Place,
         relative: str,
         dtype: np.dtype[Any],
         dimensions: Sequence[str],
@@ -48,14 +54,14 @@ class SmallArray:
     def __len__(self) -> int:
         return self._rows
 
-    def append(self, row: Any, scratch: Path) -> None:
+    def append(self, row: Any, scratch: Place) -> None:
         """Add one row: a number, or an array of shape `columns`; full chunks go to disk."""
         self._tail[self._rows % self._chunk_rows] = row
         self._rows += 1
         if self._rows % self._chunk_rows == 0:
             self._write_chunk(self._rows // self._chunk_rows - 1, scratch)
 
-    def flush(self, scratch: Path) -> None:
+    def flush(self, scratch: Place) -> None:
         """Write the last, partly filled chunk and the shape; nothing where nothing changed."""
         if self._written == self._rows:
             return
@@ -64,7 +70,7 @@ class SmallArray:
         self._write_shape(scratch)
         self._written = self._rows
 
-    def load(self, rows: int, scratch: Path) -> None:
+    def load(self, rows: int, scratch: Place) -> None:
         """Continue a stored array after its first `rows` rows; what came after them is dropped."""
         stored = read_small(self._root, self._relative)[:rows]
         if len(stored) < rows or stored.shape[1:] != self._columns:
@@ -90,7 +96,7 @@ class SmallArray:
             if path.name.isdigit() and int(path.name) >= last:
                 remove(path)
 
-    def _write_chunk(self, chunk: int, scratch: Path) -> None:
+    def _write_chunk(self, chunk: int, scratch: Place) -> None:
         used = self._rows - chunk * self._chunk_rows
         self._tail[used:] = np.nan if self._dtype.kind == "f" else 0
         body = self._tail.tobytes()
@@ -98,14 +104,14 @@ class SmallArray:
         make_folders(path.parent, self._root)
         write_durably(path, body + crc32c(body).to_bytes(4, "little"), scratch)
 
-    def _write_shape(self, scratch: Path) -> None:
+    def _write_shape(self, scratch: Place) -> None:
         make_folders(self.folder, self._root)
         shape = (self._rows, *self._columns)
         document = small_document(shape, self._dtype, self._dimensions)
         write_json(self.folder / METADATA, document, scratch)
 
 
-def read_small(root: Path, relative: str) -> NDArray[Any]:
+def read_small(root: Place, relative: str) -> NDArray[Any]:
     """Read a whole small array below `root`, every chunk present and its crc32c right."""
     path = root / relative / METADATA
     document = read_document(root, f"{relative}/{METADATA}")
@@ -129,7 +135,7 @@ def read_small(root: Path, relative: str) -> NDArray[Any]:
     return values[: shape[0]]
 
 
-def read_document(root: Path, relative: str) -> dict[str, Any]:
+def read_document(root: Place, relative: str) -> dict[str, Any]:
     """Read a JSON object below `root`; `DamagedError` where it is none."""
     try:
         document = json.loads(read_confined(root, relative))
@@ -141,7 +147,9 @@ def read_document(root: Path, relative: str) -> dict[str, Any]:
     return document
 
 
-def _read_chunk(root: Path, key: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+def _read_chunk(
+    root: Place, key: str, dtype: np.dtype[Any], shape: tuple[int, ...]
+) -> NDArray[Any]:
     data = read_confined(root, key)
     body, checksum = data[:-4], data[-4:]
     expected = int(np.prod(shape)) * dtype.itemsize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from crc32c import crc32c
@@ -29,6 +29,8 @@ from capture.store.layout import (
     UPDATES,
     WEIGHTS,
 )
+from capture.store.objects import ObjectPath
+from capture.store.place import Place, relative_to
 
 # Attributes that the store writes itself.
 OWN_ATTRIBUTES = frozenset(
@@ -64,7 +66,7 @@ def attributes_checksum(entries: Mapping[str, Any]) -> str:
     return f"{crc32c(text.encode()):08x}"
 
 
-def refuse_taken(path: Path) -> None:
+def refuse_taken(path: Place) -> None:
     """Refuse a path that cannot become a new run: `UsageError` where it is already something."""
     if not path.exists():
         return
@@ -86,7 +88,7 @@ def refuse_taken(path: Path) -> None:
     )
 
 
-def read_attributes(root: Path) -> dict[str, Any]:
+def read_attributes(root: Place) -> dict[str, Any]:
     """Read the `straightway` attributes of a run.
 
     `NotARunError` where there is no run or one of a newer format, `DamagedError` where its
@@ -166,27 +168,32 @@ _CHECKS: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
 }
 
 
-def _holds_no_more_than_a_start(root: Path) -> bool:
+def _holds_no_more_than_a_start(root: Place) -> bool:
     """Whether the folder is empty, or holds a run that was stopped before its root was written.
 
     Strict, since what is found here gives way to the new run: no shards, no other files.
     """
-    private = Path(WEIGHTS, "value", PRIVATE_FOLDER)
     if not {path.name for path in root.iterdir()} <= {WEIGHTS, EMA, GRADIENTS, UPDATES, SCALARS}:
         return False
+    if isinstance(root, ObjectPath):
+        return all(_is_of_a_start(relative_to(path, root), size) for path, size in root.below())
     for folder, subfolders, files in os.walk(root):
         paths = [Path(folder, name) for name in (*subfolders, *files)]
         if any(path.is_symlink() for path in paths):
             return False
         for path in paths[len(subfolders) :]:
-            relative = path.relative_to(root)
-            ours = (
-                path.name == METADATA
-                or (path.name == COMMIT_LOG and path.stat().st_size == 0)
-                or relative in (private / LOCK, private / FROZEN)
-                or (relative.parent == private and path.suffix == ".tmp")
-                or path.parts[-3:-1] == ("batch", "c")
-            )
-            if not ours:
+            if not _is_of_a_start(relative_to(path, root), path.stat().st_size):
                 return False
     return True
+
+
+def _is_of_a_start(relative: str, size: int) -> bool:
+    """Whether a creation that did not finish may have left this file of so many bytes."""
+    path, private = PurePosixPath(relative), PurePosixPath(WEIGHTS, "value", PRIVATE_FOLDER)
+    return (
+        path.name == METADATA
+        or (path.name == COMMIT_LOG and size == 0)
+        or path in (private / LOCK, private / FROZEN)
+        or (path.parent == private and path.suffix == ".tmp")
+        or path.parts[-3:-1] == ("batch", "c")
+    )

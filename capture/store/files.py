@@ -31,7 +31,7 @@ _REASONS = {
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn what the operating system refuses into a `WriteError` that names the file."""
     try:
         yield
@@ -95,10 +95,10 @@ def remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_json(path: Path, document: Any, scratch: Path) -> None:
-    """Write a JSON document durably."""
+def encode_json(document: Any) -> bytes:
+    """Write a JSON document as the bytes of its file."""
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    write_durably(path, text.encode() + b"\n", scratch)
+    return text.encode() + b"\n"
 
 
 def open_confined(root: Path, relative: str) -> int:
@@ -154,6 +154,23 @@ def _not_opened(error: OSError, path: Path) -> InputError:
     return InputError(f"cannot be opened ({error.strerror})", where=path)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock; a shared one, given back at once, tells."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 class Lock:
     """The one-writer lock of a run: `flock` on a file, given back when the process ends."""
 
@@ -176,6 +193,9 @@ class Lock:
                 where=path,
                 fix="wait for it to end, or choose another --out",
             ) from error
+
+    def check(self) -> None:
+        """Nobody takes over a lock that the system itself gives back: nothing to check."""
 
     def release(self) -> None:
         """Give the lock back; releasing twice is harmless."""

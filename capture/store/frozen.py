@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from crc32c import crc32c
@@ -11,13 +10,13 @@ from numpy.typing import NDArray
 
 from capture.store import plain
 from capture.store.errors import RESTORE, DamagedError
-from capture.store.files import read_confined, write_durably
 from capture.store.layout import FORMAT_VERSION, FROZEN, PRIVATE_FOLDER, WEIGHTS
+from capture.store.place import Place, read_confined, write_durably
 from capture.store.reader import Run
 from capture.store.tensors import TensorTable
 
 
-def write_frozen(folder: Path, table: TensorTable, frozen: Mapping[str, NDArray[np.uint8]]) -> str:
+def write_frozen(folder: Place, table: TensorTable, frozen: Mapping[str, NDArray[np.uint8]]) -> str:
     """Write the frozen tensors from their raw bytes; return the file's crc32c as 8 hex digits."""
     tensors = [(tensor, frozen[tensor.name].tobytes()) for tensor in table.frozen]
     data = plain.build(tensors, {"format": "pt", "straightway": str(FORMAT_VERSION)})

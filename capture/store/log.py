@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from os import PathLike
 
 from crc32c import crc32c
 
@@ -49,7 +49,7 @@ def encode(commit: Commit) -> bytes:
     return _prefix(body) + body + b"\n"
 
 
-def decode(data: bytes, path: Path) -> tuple[list[Commit], int]:
+def decode(data: bytes, path: str | PathLike[str]) -> tuple[list[Commit], int]:
     """Read a whole log; return its commits and how many bytes of it are sound.
 
     A last line without its newline is an append that a crash cut short: it is left out, and the
@@ -78,7 +78,7 @@ def losses(commits: Sequence[Commit]) -> list[float]:
 
 def check(
     commits: Sequence[Commit],
-    path: Path,
+    path: str | PathLike[str],
     *,
     batches: int | None,
     num_chunks: int,

@@ -23,7 +23,7 @@ from capture.store.errors import (
     UnfinishedError,
     UnknownNameError,
 )
-from capture.store.files import open_confined, read_confined
+from capture.store.files import open_confined
 from capture.store.layout import (
     COMMIT_LOG,
     COMPLETE,
@@ -36,7 +36,9 @@ from capture.store.layout import (
     stream_folder,
     value_document,
 )
-from capture.store.shard import rest_checksum
+from capture.store.objects import ObjectPath
+from capture.store.place import Place, place_of, read_confined
+from capture.store.shard import checksums, rest_checksum
 from capture.store.tensors import TensorTable
 
 
@@ -45,13 +47,13 @@ def open_run(path: str | os.PathLike[str]) -> Run:
 
     `NotARunError` where there is none, `DamagedError` where its metadata do not add up.
     """
-    return Run(Path(path))
+    return Run(place_of(path))
 
 
 class Run:
     """A recorded run. Rows are those that the commit logs list, nothing else."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         self.name = path.resolve().name
         self.attributes: dict[str, Any] = read_attributes(path)
@@ -246,28 +248,56 @@ class Stream:
 
 
 class MappedShard:
-    """One shard, mapped read-only. Nothing is verified until a `verify_…` method is called."""
+    """One shard, mapped read-only, or fetched whole from an object store.
+
+    Nothing is verified until a `verify_…` method is called.
+    """
 
     def __init__(self, stream: Stream, commit: log.Commit, relative: str) -> None:
         self.stream = stream
         self.commit = commit
         self.path = stream.run.path / relative
         self._grid = stream.grid
+        self._map: mmap.mmap | bytes
         try:
-            descriptor = open_confined(stream.run.path, relative)
+            if isinstance(self.path, ObjectPath):
+                self._map = self._fetched(self.path)
+            else:
+                self._map = self._mapped(open_confined(Path(stream.run.path), relative))
         except DamagedError as error:
             raise self._damaged(error.what) from error
-        try:
-            size = os.fstat(descriptor).st_size
-            if size != commit.size:
-                raise self._damaged(f"the file has {size} bytes, {commit.size} were committed")
-            self._map = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
-        finally:
-            os.close(descriptor)
         self.data_start = 8 + int.from_bytes(self._map[:8], "little")
-        if self.data_start + self._grid.num_chunks * self._grid.chunk_bytes > size:
+        if self.data_start + self._grid.num_chunks * self._grid.chunk_bytes > commit.size:
             self.close()
             raise self._damaged("the header is damaged")
+
+    def _mapped(self, descriptor: int) -> mmap.mmap:
+        try:
+            self._require_size(os.fstat(descriptor).st_size)
+            return mmap.mmap(descriptor, self.commit.size, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+
+    def _fetched(self, path: ObjectPath) -> bytes:
+        """Fetch the object, and once again where its bytes are not those that were committed."""
+        data = path.read_bytes()
+        if not self._is_sound(data):
+            data = path.read_bytes()
+        self._require_size(len(data))
+        return data
+
+    def _is_sound(self, data: bytes) -> bool:
+        start = 8 + int.from_bytes(data[:8], "little")
+        end = start + self._grid.num_chunks * self._grid.chunk_bytes
+        if len(data) != self.commit.size or end > len(data):
+            return False
+        chunks, rest = checksums(np.frombuffer(data, np.uint8), start, self._grid)
+        return (tuple(chunks), rest) == (self.commit.chunks, self.commit.rest)
+
+    def _require_size(self, size: int) -> None:
+        if size != self.commit.size:
+            what = f"the file has {size} bytes, {self.commit.size} were committed"
+            raise DamagedError(what)
 
     def __enter__(self) -> MappedShard:
         return self
@@ -303,8 +333,9 @@ class MappedShard:
     def close(self) -> None:
         """Unmap the file; views that are still in use keep the pages until they are gone."""
         # While views on it are alive, the mapping stays: it goes with the last of them.
-        with suppress(BufferError):
-            self._map.close()
+        if isinstance(self._map, mmap.mmap):
+            with suppress(BufferError):
+                self._map.close()
 
     def _damaged(self, what: str) -> StraightwayError:
         batch = "" if self.commit.batch is None else f", batch {self.commit.batch}"

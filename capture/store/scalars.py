@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,8 @@ from numpy.typing import NDArray
 
 from capture.store.arrays import SmallArray, read_small
 from capture.store.errors import UsageError
-from capture.store.files import remove
 from capture.store.layout import METADATA, SCALARS
+from capture.store.place import Place, list_folder, remove
 
 _FLOAT64: np.dtype[Any] = np.dtype("<f8")
 
@@ -21,7 +20,7 @@ _FLOAT64: np.dtype[Any] = np.dtype("<f8")
 class ScalarsWriter:
     """The every-step scalars: one small array per name, all of the same length."""
 
-    def __init__(self, root: Path, scratch: Path) -> None:
+    def __init__(self, root: Place, scratch: Place) -> None:
         self._root = root
         self._scratch = scratch
         self._arrays: dict[str, SmallArray] = {}
@@ -55,7 +54,7 @@ class ScalarsWriter:
     def recover(self) -> None:
         """Find the stored arrays; they are as long as the shortest of them."""
         lengths = []
-        for folder in sorted((self._root / SCALARS).iterdir()):
+        for folder in list_folder(self._root / SCALARS):
             if not folder.is_dir():
                 continue
             if not (folder / METADATA).exists():

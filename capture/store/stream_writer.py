@@ -10,16 +10,7 @@ import numpy as np
 
 from capture.store import log
 from capture.store.arrays import SmallArray
-from capture.store.files import (
-    make_folders,
-    read_confined,
-    remove,
-    sync_folder,
-    write_all,
-    write_durably,
-    write_json,
-    writing,
-)
+from capture.store.files import sync_folder
 from capture.store.layout import (
     COMMIT_LOG,
     METADATA,
@@ -27,6 +18,17 @@ from capture.store.layout import (
     shard_key,
     stream_folder,
     value_document,
+)
+from capture.store.log_file import LogFile
+from capture.store.objects import ObjectPath
+from capture.store.place import (
+    Place,
+    make_folders,
+    read_confined,
+    relative_to,
+    remove,
+    write_durably,
+    write_json,
 )
 from capture.store.shard import ShardLayout, Staging
 
@@ -37,7 +39,7 @@ _INT64: np.dtype[Any] = np.dtype("<i8")
 class StreamWriter:
     """Commits the shards of one stream and keeps its log, shape and coordinates."""
 
-    def __init__(self, root: Path, scratch: Path, layout: ShardLayout) -> None:
+    def __init__(self, root: Place, scratch: Place, layout: ShardLayout) -> None:
         self.layout = layout
         self.commits: list[log.Commit] = []
         self._root = root
@@ -45,7 +47,7 @@ class StreamWriter:
         self._relative = stream_folder(layout.stream)
         self._value = root / self._relative / "value"
         self._private = self._value / PRIVATE_FOLDER
-        self._log = self._private / COMMIT_LOG
+        self._log = LogFile(self._private / COMMIT_LOG, scratch)
         self._shape_rows = -1
         self._steps = SmallArray(root, f"{self._relative}/step", _INT64, ["step"])
         self._epochs = SmallArray(root, f"{self._relative}/epoch", _FLOAT64, ["step"])
@@ -54,7 +56,7 @@ class StreamWriter:
     def start(self) -> None:
         """Create the empty array with its empty log."""
         make_folders(self._private, self._root)
-        write_durably(self._log, b"", self._scratch)
+        self._log.replace(b"")
         self.flush()
         if self.layout.batches is not None:
             batches = SmallArray(self._root, f"{self._relative}/batch", _INT64, ["batch"])
@@ -66,16 +68,17 @@ class StreamWriter:
         """Read the log and cut a torn last line off it; `finished` as in `log.check`."""
         relative = f"{self._relative}/value/{PRIVATE_FOLDER}/{COMMIT_LOG}"
         data = read_confined(self._root, relative)
-        self.commits, sound = log.decode(data, self._log)
+        self.commits, sound = log.decode(data, self._log.path)
         log.check(
             self.commits,
-            self._log,
+            self._log.path,
             batches=self.layout.batches,
             num_chunks=self.layout.grid.num_chunks,
             finished=finished,
         )
         if sound < len(data):
-            write_durably(self._log, data[:sound], self._scratch)
+            self._log.replace(data[:sound])
+        self._log.load(data[:sound])
 
     def commit(
         self,
@@ -93,18 +96,23 @@ class StreamWriter:
         write_durably(path, staging.image, self._scratch)
         kept = None if loss is None else repr(float(loss))
         commit = log.Commit(row, batch, step, epoch, self.layout.size, rest, tuple(chunks), kept)
-        self._append(log.encode(commit))
+        self._log.append(log.encode(commit))
         self.commits.append(commit)
         self._append_coordinates()
         return self.layout.size
 
     def flush(self) -> None:
-        """Write the coordinates first, then the shape that makes them count."""
+        """Write the log first, then the coordinates, then the shape that makes them count."""
+        self.flush_log()
         self._steps.flush(self._scratch)
         self._epochs.flush(self._scratch)
         if self._has_losses:
             self._losses.flush(self._scratch)
         self._write_shape()
+
+    def flush_log(self) -> None:
+        """Put the log where it is put whole: what was committed exists from here on."""
+        self._log.flush()
 
     def truncate(self, step: int) -> None:
         """Keep the commits before `step`; all before must have been flushed.
@@ -121,7 +129,7 @@ class StreamWriter:
         self._epochs.load(self._rows, self._scratch)
         if self._losses.folder.exists():
             self._losses.load(self._rows, self._scratch)
-        write_durably(self._log, b"".join(map(log.encode, kept)), self._scratch)
+        self._log.replace(b"".join(map(log.encode, kept)))
         self._remove_unlisted()
 
     def _row_for(self, step: int, batch: int | None) -> int:
@@ -150,22 +158,6 @@ class StreamWriter:
         dimensions = ["step"] if batches is None else ["step", "batch"]
         columns = () if batches is None else (batches,)
         return SmallArray(self._root, f"{self._relative}/loss", _FLOAT64, dimensions, columns)
-
-    def _append(self, line: bytes) -> None:
-        with writing(self._log):
-            flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
-            descriptor = os.open(self._log, flags)
-            try:
-                before = os.fstat(descriptor).st_size
-                try:
-                    write_all(descriptor, memoryview(line))
-                    os.fsync(descriptor)
-                except BaseException:
-                    # Half a line in the middle of a log would make the rest of it unreadable.
-                    os.ftruncate(descriptor, before)
-                    raise
-            finally:
-                os.close(descriptor)
 
     def _append_coordinates(self) -> None:
         while len(self._steps) < self._rows:
@@ -197,6 +189,11 @@ class StreamWriter:
     def _remove_unlisted(self) -> None:
         """Remove shards that the log does not list, and folders that are empty."""
         listed = {shard_key(commit.row, commit.batch) for commit in self.commits}
+        if isinstance(self._value, ObjectPath):
+            for shard, _ in (self._value / "c").below():
+                if relative_to(shard, self._value) not in listed:
+                    remove(shard)
+            return
         for folder, subfolders, names in os.walk(self._value / "c", topdown=False):
             for path in [Path(folder, name) for name in (*subfolders, *names)]:
                 if path.is_dir() and not path.is_symlink():

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -133,7 +133,9 @@ class TensorTable:
         }
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any], where: Path | None = None) -> TensorTable:
+    def from_json(
+        cls, document: Mapping[str, Any], where: str | PathLike[str] | None = None
+    ) -> TensorTable:
         """Read what `to_json` wrote; `DamagedError` where it does not add up.
 
         `where` is the file that the error names.

@@ -16,6 +16,8 @@ from capture.store.errors import RESTORE, DamagedError, InputError
 from capture.store.frozen import read_frozen
 from capture.store.layout import METADATA, WEIGHTS, stream_folder
 from capture.store.log import Commit
+from capture.store.objects import ObjectPath
+from capture.store.place import Place
 from capture.store.reader import Run, Stream, open_run
 from capture.store.shard import ShardLayout
 
@@ -125,7 +127,7 @@ def _check_with_zarr(run: Run, stream: Stream) -> None:
     """Zarr itself must be able to open the stream, and see no more rows than the log lists."""
     folder = run.path / stream_folder(stream.name)
     try:
-        node: Any = zarr.open_group(run.path, mode="r")
+        node: Any = zarr.open_group(_zarr_store(run.path), mode="r")
         for part in (*stream_folder(stream.name).split("/"), "value"):
             node = node[part]
         rows = int(node.shape[0])
@@ -138,6 +140,13 @@ def _check_with_zarr(run: Run, stream: Stream) -> None:
             where=folder / "value",
             fix=_REWRITE,
         )
+
+
+def _zarr_store(place: Place) -> Any:
+    """What zarr opens: a path as it is, an object store through obstore, as a user would."""
+    if isinstance(place, ObjectPath):
+        return zarr.storage.ObjectStore(place.store, read_only=True)
+    return place
 
 
 def _check_pairing(weights: Stream, stream: Stream) -> None:

@@ -1,7 +1,8 @@
 """The writer of a run: create or reopen it, commit shards and scalars, finish it.
 
 A commit is: temporary file, fsync, rename, fsync of the folder, then one line in the stream's log,
-fsynced. Array shapes and coordinates follow the log, at most once a second and at the end.
+fsynced. Array shapes and coordinates follow the log, at most once a second and at the end. On an
+object store a shard is put whole, and the log, which has no append there, follows with the others.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,8 +25,8 @@ from capture.store.attributes import (
     refuse_taken,
     streams_are_sound,
 )
-from capture.store.errors import MismatchError, UsageError
-from capture.store.files import Lock, make_folders, remove, write_json, writing
+from capture.store.errors import MismatchError, UsageError, WriteError
+from capture.store.files import writing
 from capture.store.frozen import write_frozen
 from capture.store.layout import (
     ATTRIBUTES_CHECKSUM,
@@ -39,6 +41,17 @@ from capture.store.layout import (
     WEIGHTS,
     group_document,
     stream_folder,
+)
+from capture.store.objects import ObjectPath
+from capture.store.place import (
+    Lock,
+    Place,
+    absolute,
+    make_folders,
+    place_of,
+    remove,
+    take_lock,
+    write_json,
 )
 from capture.store.scalars import ScalarsWriter
 from capture.store.shard import ShardLayout, Staging
@@ -56,7 +69,7 @@ class RunWriter:
 
     def __init__(
         self,
-        path: Path,
+        path: Place,
         lock: Lock,
         table: TensorTable,
         streams: Mapping[str, int | None],
@@ -95,12 +108,13 @@ class RunWriter:
         if not streams_are_sound(streams):
             raise UsageError(f"{dict(streams)!r} cannot be streams", fix="use letters, - and _")
         check_given(attributes or {})
-        root = Path(path).absolute()
+        root = absolute(place_of(path))
         private = root / WEIGHTS / "value" / PRIVATE_FOLDER
         with writing(root):
             refuse_taken(root)
-            make_folders(private, Path(root.anchor))
-        lock = Lock(private / LOCK)
+            if isinstance(root, Path):
+                make_folders(private, Path(root.anchor))
+        lock = take_lock(private / LOCK)
         try:
             with writing(root):
                 # Again, now that nobody else can be at work here.
@@ -114,7 +128,7 @@ class RunWriter:
     @classmethod
     def _create(
         cls,
-        root: Path,
+        root: Place,
         lock: Lock,
         table: TensorTable,
         streams: Mapping[str, int | None],
@@ -145,7 +159,7 @@ class RunWriter:
 
         `MismatchError` where its tensors are not those of `table`.
         """
-        root = Path(path).absolute()
+        root = absolute(place_of(path))
         stored = TensorTable.from_json(read_attributes(root)["tensors"], root / METADATA)
         difference = None if table is None else stored.difference(table)
         if difference is None and table is not None and stored != table:
@@ -156,7 +170,7 @@ class RunWriter:
                 where=root,
                 fix="resume with the model, or record into another --out",
             )
-        lock = Lock(root / WEIGHTS / "value" / PRIVATE_FOLDER / LOCK)
+        lock = take_lock(root / WEIGHTS / "value" / PRIVATE_FOLDER / LOCK)
         try:
             attributes = read_attributes(root)
             writer = cls(root, lock, stored, attributes["streams"], attributes)
@@ -208,6 +222,7 @@ class RunWriter:
 
         `WriteError` where the disk refuses; then nothing was committed.
         """
+        self._lock.check()
         size = self._streams[stream].commit(staging, step, epoch, batch, loss)
         if time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
@@ -222,6 +237,7 @@ class RunWriter:
 
     def flush(self) -> None:
         """Bring scalars, coordinates and shapes on disk up to what was committed."""
+        self._lock.check()
         for stream in self._streams.values():
             stream.flush()
         self._scalars.flush()
@@ -296,10 +312,19 @@ class RunWriter:
         self._write_attributes()
 
     def close(self) -> None:
-        """Give back the lock; closing twice is harmless."""
+        """Give back the lock; closing twice is harmless.
+
+        What was committed since the last `flush` is put into the logs of an object store.
+        """
+        # Where that fails, those shards do not exist: a resumed run writes them again.
+        with suppress(WriteError):
+            self._lock.check()
+            for stream in self._streams.values():
+                stream.flush_log()
         self._lock.release()
 
     def _write_attributes(self) -> None:
+        self._lock.check()
         self._attributes[ATTRIBUTES_CHECKSUM] = attributes_checksum(self._attributes)
         document = group_document({ATTRIBUTES_KEY: self._attributes})
         write_json(self.path / METADATA, document, self.state_folder)
@@ -311,8 +336,14 @@ class RunWriter:
             write_json(self.path / folder / METADATA, group_document(), self.state_folder)
 
 
-def _clear_start(root: Path, lock: Path) -> None:
+def _clear_start(root: Place, lock: Place) -> None:
     """Remove what an earlier creation left before it had finished, all but the lock's file."""
+    if isinstance(root, ObjectPath):
+        for path, _ in root.below():
+            if path != lock:
+                remove(path)
+        return
+    assert isinstance(lock, Path), "the lock lies in the run"
     kept = {lock, *lock.parents}
     for folder in (root, *(path for path in reversed(lock.parents) if root in path.parents)):
         for leftover in folder.iterdir():

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from threading import Thread
 
 import pytest
@@ -43,3 +51,137 @@ def site(serve, tmp_path):
     folder = tmp_path / "site"
     folder.mkdir()
     return folder, serve(partial(Quiet, directory=folder))
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """Passes requests on to a server, but for those that `fault` picks.
+
+    `fault(method, path)` says ``busy`` (503), ``close`` (not passed on, no answer), ``lost``
+    (passed on, no answer), ``cut`` (the connection ends within the body), ``short`` (half a body,
+    as if it were all), ``flip`` (one bit changed), or `None`.
+    """
+
+    protocol_version = "HTTP/1.1"
+    server_port = 0
+    fault = staticmethod(lambda method, path: None)
+
+    def pass_on(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fault = type(self).fault(self.command, self.path)
+        if fault == "close":
+            self.close_connection = True
+            return
+        if fault == "busy":
+            self.answer(503, {}, b"<Error><Code>SlowDown</Code></Error>")
+            return
+        server = http.client.HTTPConnection("127.0.0.1", self.server_port)
+        server.request(self.command, self.path, body, dict(self.headers))
+        answer = server.getresponse()
+        data = answer.read()
+        server.close()
+        if fault == "lost":
+            self.close_connection = True
+            return
+        if fault == "short":
+            data = data[: len(data) // 2]
+        if fault == "flip":
+            data = data[:-20] + bytes([data[-20] ^ 1]) + data[-19:]
+        self.answer(answer.status, dict(answer.getheaders()), data, cut=fault == "cut")
+
+    def answer(self, status, headers, data, cut=False):
+        self.send_response_only(status)
+        for name, value in headers.items():
+            if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                self.send_header(name, value)
+        length = headers.get("Content-Length") if self.command == "HEAD" else len(data)
+        self.send_header("Content-Length", str(length or 0))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[: len(data) // 2] if cut else data)
+        self.close_connection = cut
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = pass_on
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="session")
+def s3_port():
+    """The port of an S3 server on this machine, a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert process.poll() is None, "moto's server ended"
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline, "moto's server does not answer"
+                time.sleep(0.05)
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+BUCKETS = count()
+
+
+class Bucket:
+    """An empty bucket: `address(name)` of a run in it, its objects, and a server in between."""
+
+    def __init__(self, port, monkeypatch, serve):
+        self.name = f"bucket-{next(BUCKETS)}"
+        self._port, self._monkeypatch, self._serve = port, monkeypatch, serve
+        self.use_endpoint(f"http://127.0.0.1:{port}")
+        url = f"http://127.0.0.1:{port}/{self.name}"
+        urllib.request.urlopen(urllib.request.Request(url, method="PUT"), timeout=30).close()
+
+    def use_endpoint(self, endpoint):
+        from capture.store import objects
+
+        self._monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        objects._store.cache_clear()
+
+    def place(self, key, name="run.zarr"):
+        from capture.store.objects import ObjectPath
+
+        return ObjectPath(self.address(name), key)
+
+    def fail(self, fault):
+        """From here on, let `fault(method, path)` pick what goes wrong; see `Proxy`."""
+        settings = {"server_port": self._port, "fault": staticmethod(fault)}
+        self.use_endpoint(self._serve(type("Faulty", (Proxy,), settings)))
+
+    def heal(self):
+        self.use_endpoint(f"http://127.0.0.1:{self._port}")
+
+    def address(self, name="run.zarr"):
+        return f"s3://{self.name}/{name}"
+
+    def names(self, name="run.zarr"):
+        return [place.key for place, _ in self.place("", name).below()]
+
+    def files(self, name="run.zarr"):
+        """Bytes of every object of a run by its path."""
+        found = [place for place, _ in self.place("", name).below()]
+        return {place.key: place.read_bytes() for place in found}
+
+
+@pytest.fixture
+def bucket(s3_port, monkeypatch, serve):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    return Bucket(s3_port, monkeypatch, serve)

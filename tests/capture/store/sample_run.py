@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from capture.store import RunWriter, Staging, Tensor, TensorTable, open_run, verify_run
 from capture.store import writer as writer_module
+from capture.store.place import place_of
 
 STREAMS: dict[str, int | None] = {"minibatch": None, "fixed": 2}
 
@@ -125,7 +126,7 @@ def record(
 
 def go_on(path: str | os.PathLike[str], steps: int) -> None:
     """Record a run, or go on with what is there of it from the first step that is not whole."""
-    if not (Path(path) / "zarr.json").exists():
+    if not (place_of(path) / "zarr.json").exists():
         writer, done = create(path), 0
     else:
         writer = RunWriter.reopen(path, TABLE)
