@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from capture.halves import in_halves
 from capture.store import Staging, TensorTable, UnsupportedModelError
 
 
@@ -94,13 +95,14 @@ class HostCopies:
 
 
 def copy_on_host(target: Tensor, source: Tensor) -> None:
-    """Copy, and widen where `target` is wider, within the calling thread.
-
-    torch's threads would wait for each other while the writer thread and the rest of a busy
-    machine keep one of them from running.
-    """
+    """Copy, and widen where `target` is wider, with two threads for large tensors."""
     if source.dtype in (torch.float32, torch.float64):
-        np.copyto(target.numpy(), source.detach().numpy())
+        to, values = target.numpy(), source.detach().numpy()
+        if to.flags.c_contiguous and values.flags.c_contiguous:
+            to, values = to.reshape(-1), values.reshape(-1)
+            in_halves(lambda half: np.copyto(to[half], values[half]), to.size)
+        else:
+            np.copyto(to, values)
     else:
         target.copy_(source)
 

@@ -17,6 +17,7 @@ import numpy as np
 from crc32c import crc32c
 from numpy.typing import NDArray
 
+from capture.store.files import DIRECT_BLOCK
 from capture.store.layout import FORMAT_VERSION, WEIGHTS, ChunkGrid
 from capture.store.tensors import RESERVED_PREFIX, TensorTable
 
@@ -131,10 +132,11 @@ class Staging:
 
     def __init__(self, layout: ShardLayout) -> None:
         self.layout = layout
-        # Aligned like the file, and touched now, so that no page fault holds the training thread.
-        block = np.zeros(layout.size + ALIGNMENT, dtype=np.uint8)
+        # Aligned for writing without the page cache, and touched now, so that no page fault holds
+        # the training thread.
+        block = np.zeros(layout.size + DIRECT_BLOCK, dtype=np.uint8)
         block.fill(0)
-        start = -block.ctypes.data % ALIGNMENT
+        start = -block.ctypes.data % DIRECT_BLOCK
         self.image: NDArray[np.uint8] = block[start : start + layout.size]
         self.image[layout.index_start :] = np.frombuffer(layout.index, dtype=np.uint8)
         values = self.image[layout.data_start : layout.value_end].view(layout.dtype)
