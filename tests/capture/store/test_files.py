@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from capture.store import DamagedError, InputError, LockedError, WriteError
 from capture.store.errors import StraightwayError
 from capture.store.files import (
+    DIRECT_BLOCK,
+    DIRECT_BYTES,
     Lock,
     make_folders,
     open_confined,
@@ -184,3 +189,49 @@ def test_a_released_lock_is_free_though_a_forked_worker_still_holds_the_file(tmp
         "os.kill(child, 9)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "lock")], check=True, timeout=20)
+
+
+def aligned(size: int) -> np.ndarray:
+    """Random bytes that begin at a block, as staging buffers do."""
+    block = np.random.default_rng(0).integers(0, 256, size + DIRECT_BLOCK, np.uint8)
+    start = -block.ctypes.data % DIRECT_BLOCK
+    return block[start : start + size]
+
+
+@pytest.mark.parametrize("extra", [0, 1, DIRECT_BLOCK + 7])
+def test_large_files_are_written_whole_past_the_cache(tmp_path: Path, extra: int) -> None:
+    data = aligned(DIRECT_BYTES + extra)
+    write_durably(tmp_path / "large", data, tmp_path)
+    assert (tmp_path / "large").read_bytes() == data.tobytes()
+
+
+@pytest.mark.parametrize("refused", [0, 2], ids=["at once", "in the midst"])
+def test_a_file_system_without_direct_writes_gets_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int
+) -> None:
+    data, write, direct = aligned(DIRECT_BYTES + 5), os.write, []
+
+    def refusing(descriptor: int, view: memoryview) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            direct.append(len(view))
+            if len(direct) > refused:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            view = view[:DIRECT_BLOCK]
+        return write(descriptor, view)
+
+    monkeypatch.setattr("capture.store.files.os.write", refusing)
+    write_durably(tmp_path / "large", data, tmp_path)
+    assert (tmp_path / "large").read_bytes() == data.tobytes()
+    assert len(direct) == refused + 1
+
+
+def test_a_disk_that_fills_up_past_the_cache_is_told_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, view: memoryview) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("capture.store.files.os.write", full)
+    with pytest.raises(WriteError, match="the disk is full"):
+        write_durably(tmp_path / "large", aligned(DIRECT_BYTES), tmp_path)
+    assert list(tmp_path.iterdir()) == []
