@@ -32,7 +32,7 @@ def describe_run(path: str | os.PathLike[str]) -> dict[str, Any]:
         name: {
             "steps": stream.steps.tolist(),
             "batches": stream.batches,
-            "bytes": sum(commit.size for commit in stream.commits),
+            "bytes": int(stream.commits.sizes.sum()),
         }
         for name, stream in run.streams.items()
     }

@@ -176,16 +176,13 @@ class Stream:
             finished=finished,
         )
         self.commits = commits
-        self._by_key = {(commit.row, commit.batch): commit for commit in commits}
         rows = len(commits) // (batches or 1)
-        first = [commits[row * (batches or 1)] for row in range(rows)]
-        self.steps: NDArray[np.int64] = np.array([commit.step for commit in first], dtype=np.int64)
-        self.epochs: NDArray[np.float64] = np.array(
-            [np.nan if commit.epoch is None else commit.epoch for commit in first], dtype=np.float64
-        )
+        first = np.arange(rows) * (batches or 1)
+        self.steps: NDArray[np.int64] = commits.steps[first]
+        self.epochs: NDArray[np.float64] = commits.epochs[first]
         self.losses: NDArray[np.float64] | None = None
-        if commits and commits[0].loss is not None:
-            kept = np.array(log.losses(commits[: rows * (batches or 1)]), np.float64)
+        if commits.has_losses:
+            kept = commits.losses[: rows * (batches or 1)]
             self.losses = kept if batches is None else kept.reshape(rows, batches)
         self._check_metadata()
 
@@ -194,7 +191,7 @@ class Stream:
 
     @cached_property
     def _rows_by_step(self) -> dict[int, int]:
-        return {int(step): row for row, step in enumerate(self.steps)}
+        return {step: row for row, step in enumerate(self.steps.tolist())}
 
     def row_of(self, step: int) -> int:
         """Row of a step; `UnknownNameError` names the nearest recorded steps."""
@@ -214,7 +211,9 @@ class Stream:
 
         `DamagedError` where the file is missing, no regular file, or not of its committed size.
         """
-        commit = self._by_key[row, batch]
+        place = row * (self.batches or 1) + (batch or 0)
+        commit = self.commits[place]
+        assert (commit.row, commit.batch) == (row, batch), "a shard that the stream has"
         return MappedShard(self, commit, f"{self._relative}/{shard_key(row, batch)}")
 
     def read(self, row: int, batch: int | None = None) -> NDArray[Any]:
