@@ -12,7 +12,6 @@ A `Reference` is a small value that travels to the workers; `bind` opens it for 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from analyze.spill import SpilledChunks
 from analyze.tensor_file import TensorFile
 from capture.store import MismatchError, Run, UnknownNameError, UsageError, open_run
 from capture.store.layout import WEIGHTS
@@ -60,7 +60,7 @@ class FinalReference:
 
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`."""
-        return _Rows(run, run, [run.final_row()])
+        return _Rows(run, run, run.final_row())
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class StepReference:
 
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`."""
-        return _Rows(run, run, [run.stream(WEIGHTS).row_of(self.step)])
+        return _Rows(run, run, run.stream(WEIGHTS).row_of(self.step))
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ class MeanReference:
                 where=run.path,
                 fix=f"use mean:{last + 1} or less",
             )
-        return _Rows(run, run, range(last + 1 - self.count, last + 1))
+        if self.count == 1:
+            return _Rows(run, run, last)
+        return _Mean(run, range(last + 1 - self.count, last + 1))
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class RunReference:
             )
         step = self.step
         row = other.final_row() if step is None else other.stream(WEIGHTS).row_of(step)
-        return _Rows(run, other, [row])
+        return _Rows(run, other, row)
 
 
 @dataclass(frozen=True)
@@ -164,46 +166,68 @@ def _is_count(text: str) -> bool:
 
 
 class _Rows:
-    """The mean of one or more weight rows of `source`, cut like the rows of `run`."""
+    """One weight row of `source`, cut like the rows of `run`."""
 
-    def __init__(self, run: Run, source: Run, rows: Sequence[int]) -> None:
+    def __init__(self, run: Run, source: Run, row: int) -> None:
         weights = source.stream(WEIGHTS)
         self._grid = run.stream(WEIGHTS).grid
         self._source_grid = weights.grid
-        self._shards = [weights.open(row) for row in rows]
-        self._verified = [np.zeros(weights.grid.num_chunks, bool) for _ in rows]
-        self._dtype = weights.dtype if len(rows) == 1 else np.dtype(np.float64)
-        for shard in self._shards:
-            shard.verify_rest()
+        self._dtype = weights.dtype
+        self._shard = weights.open(row)
+        self._verified = np.zeros(weights.grid.num_chunks, bool)
+        self._shard.verify_rest()
 
     def chunk(self, chunk: int) -> NDArray[Any]:
-        """Give the mean on one inner chunk of the run, ``[C]``."""
-        if len(self._shards) == 1 and self._grid == self._source_grid:
-            return self._verified_chunk(0, chunk)
+        """Give w* on one inner chunk of the run, ``[C]``; a view where both are cut alike."""
+        if self._grid == self._source_grid:
+            return self._verified_chunk(chunk)
         start, stop = self._grid.bounds(chunk)
-        total = np.zeros(stop - start, self._dtype)
-        for number in range(len(self._shards)):
-            self._add(number, start, stop, total)
-        if len(self._shards) > 1:
-            total /= len(self._shards)
-        return total
+        size = self._source_grid.chunk_elements
+        parts = []
+        for found in range(start // size, -(-stop // size)):
+            first, last = self._source_grid.bounds(found)
+            low, high = max(first, start), min(last, stop)
+            parts.append(self._verified_chunk(found)[low - first : high - first])
+        return np.concatenate(parts)
 
     def close(self) -> None:
-        """Unmap the rows."""
-        for shard in self._shards:
-            shard.close()
+        """Unmap the row."""
+        self._shard.close()
 
-    def _add(self, number: int, start: int, stop: int, total: NDArray[Any]) -> None:
-        """Add coordinates `start` to `stop` of one row; its chunks may be cut elsewhere."""
-        size = self._source_grid.chunk_elements
-        for chunk in range(start // size, -(-stop // size)):
-            first, last = self._source_grid.bounds(chunk)
-            low, high = max(first, start), min(last, stop)
-            values = self._verified_chunk(number, chunk)
-            total[low - start : high - start] += values[low - first : high - first]
+    def _verified_chunk(self, chunk: int) -> NDArray[Any]:
+        if not self._verified[chunk]:
+            self._shard.verify_chunk(chunk)
+            self._verified[chunk] = True
+        return self._shard.chunk(chunk)
 
-    def _verified_chunk(self, number: int, chunk: int) -> NDArray[Any]:
-        if not self._verified[number][chunk]:
-            self._shards[number].verify_chunk(chunk)
-            self._verified[number][chunk] = True
-        return self._shards[number].chunk(chunk)
+
+class _Mean:
+    """The float64 mean of weight rows of `run`: each chunk summed once and spilled.
+
+    One row is open at a time, however many there are.
+    """
+
+    def __init__(self, run: Run, rows: range) -> None:
+        self._weights = run.stream(WEIGHTS)
+        self._rows = rows
+        for row in rows:
+            with self._weights.open(row) as shard:
+                shard.verify_rest()
+        self._chunks = SpilledChunks(self._weights.grid, self._sum)
+
+    def chunk(self, chunk: int) -> NDArray[Any]:
+        """Give the mean on one inner chunk, ``[C]``."""
+        return self._chunks.chunk(chunk)
+
+    def close(self) -> None:
+        """Give the spilled space back."""
+        self._chunks.close()
+
+    def _sum(self, chunk: int) -> NDArray[np.float64]:
+        start, stop = self._weights.grid.bounds(chunk)
+        total = np.zeros(stop - start)
+        for row in self._rows:
+            with self._weights.open(row) as shard:
+                shard.verify_chunk(chunk)
+                total += shard.chunk(chunk)
+        return total / len(self._rows)
