@@ -21,11 +21,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from analyze import checksums
-
-# ⟨g,e⟩ ‖g‖² ‖e‖² Σg²e² ⟨g,w⟩ ⟨w,e⟩ ‖w‖², with e = w - w*.
-MOMENTS = ("ge", "gg", "ee", "g2e2", "gw", "we", "ww")
-GEOMETRY = ("ge", "gg", "ee")
-WITHOUT_GRADIENT = ("ee", "we", "ww")
+from analyze.moment_table import GEOMETRY, MOMENTS, WITHOUT_GRADIENT
 
 _ALL, _GEOMETRY, _WITHOUT_GRADIENT = 0, 1, 2
 KINDS = {MOMENTS: _ALL, GEOMETRY: _GEOMETRY, WITHOUT_GRADIENT: _WITHOUT_GRADIENT}

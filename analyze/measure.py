@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.moments import MOMENTS
+from analyze.moment_table import MOMENTS
 from analyze.optimizer import group_scalar, own_path, read_optimizer
 from analyze.quantities import (
     Values,

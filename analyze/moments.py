@@ -14,15 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analyze import checksums
-from analyze.kernels import (
-    CHECK_GRADIENT,
-    CHECK_WEIGHTS,
-    GEOMETRY,
-    KINDS,
-    MOMENTS,
-    WITHOUT_GRADIENT,
-    add_moments,
-)
+from analyze.kernels import CHECK_GRADIENT, CHECK_WEIGHTS, KINDS, add_moments
+from analyze.moment_table import GEOMETRY, MOMENTS, WITHOUT_GRADIENT
 from capture.store.errors import UsageError
 
 __all__ = [

@@ -12,6 +12,8 @@ A `Reference` is a small value that travels to the workers; `bind` opens it for 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,9 +23,21 @@ from numpy.typing import NDArray
 
 from analyze.spill import SpilledChunks
 from analyze.tensor_file import TensorFile
-from capture.store import MismatchError, Run, UnknownNameError, UsageError, open_run
+from capture.store import (
+    ChunkGrid,
+    MismatchError,
+    Run,
+    UnknownNameError,
+    UsageError,
+    fetch_ahead,
+    open_run,
+)
 from capture.store.layout import WEIGHTS
+from capture.store.objects import ObjectPath
 from capture.store.place import absolute_address
+
+# Rows of a mean that are open at a time.
+_ROWS_AT_ONCE = 16
 
 _FORMS = "final, step:N, mean:K, run:PATH[@STEP], file:PATH"
 
@@ -51,6 +65,9 @@ class Reference(Protocol):
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`; an `InputError` where it is not there or does not fit the run."""
 
+    def identity(self, run: Run) -> str:
+        """Say what w* is made of: equal for equal bytes, however it was typed; errors as `bind`."""
+
 
 @dataclass(frozen=True)
 class FinalReference:
@@ -60,7 +77,11 @@ class FinalReference:
 
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`."""
-        return _Rows(run, run, run.final_row())
+        return _bind(run, run, [run.final_row()])
+
+    def identity(self, run: Run) -> str:
+        """Tell by the checksums of the row."""
+        return _identity(run, [run.final_row()])
 
 
 @dataclass(frozen=True)
@@ -72,7 +93,11 @@ class StepReference:
 
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`."""
-        return _Rows(run, run, run.stream(WEIGHTS).row_of(self.step))
+        return _bind(run, run, [run.stream(WEIGHTS).row_of(self.step)])
+
+    def identity(self, run: Run) -> str:
+        """Tell by the checksums of the row."""
+        return _identity(run, [run.stream(WEIGHTS).row_of(self.step)])
 
 
 @dataclass(frozen=True)
@@ -84,6 +109,13 @@ class MeanReference:
 
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`."""
+        return _bind(run, run, self._rows(run))
+
+    def identity(self, run: Run) -> str:
+        """Tell by the checksums of the rows."""
+        return _identity(run, self._rows(run))
+
+    def _rows(self, run: Run) -> range:
         last = run.final_row()
         if self.count > last + 1:
             raise UnknownNameError(
@@ -91,9 +123,7 @@ class MeanReference:
                 where=run.path,
                 fix=f"use mean:{last + 1} or less",
             )
-        if self.count == 1:
-            return _Rows(run, run, last)
-        return _Mean(run, range(last + 1 - self.count, last + 1))
+        return range(last + 1 - self.count, last + 1)
 
 
 @dataclass(frozen=True)
@@ -106,6 +136,15 @@ class RunReference:
 
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`; `MismatchError` where the two runs' tensors differ."""
+        other, row = self._row(run)
+        return _bind(run, other, [row])
+
+    def identity(self, run: Run) -> str:
+        """Tell by the checksums of the row."""
+        other, row = self._row(run)
+        return _identity(other, [row])
+
+    def _row(self, run: Run) -> tuple[Run, int]:
         other = open_run(self.path)
         difference = run.table.difference(other.table)
         if difference is not None:
@@ -116,7 +155,7 @@ class RunReference:
             )
         step = self.step
         row = other.final_row() if step is None else other.stream(WEIGHTS).row_of(step)
-        return _Rows(run, other, row)
+        return other, row
 
 
 @dataclass(frozen=True)
@@ -129,6 +168,11 @@ class FileReference:
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`; `MismatchError` names the first missing or differing tensor."""
         return TensorFile(Path(self.path), run)
+
+    def identity(self, run: Run) -> str:
+        """Tell by the checksum of the whole file."""
+        with closing(TensorFile(Path(self.path), run)) as file:
+            return file.identity()
 
 
 def parse_reference(text: str) -> Reference:
@@ -161,34 +205,44 @@ def end_of_path(reference: str, final_step: int | None) -> int | None:
     return final_step if kind in ("final", "mean") else None
 
 
+def _identity(source: Run, rows: Sequence[int]) -> str:
+    """Name rows of the weights by their checksums and by how their chunks are cut."""
+    weights = source.stream(WEIGHTS)
+    kept = [(commit.rest, commit.chunks) for commit in (weights.commits[row] for row in rows)]
+    return f"rows {kept!r}"
+
+
 def _is_count(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
 
-class _Rows:
+def _bind(run: Run, source: Run, rows: Sequence[int]) -> BoundReference:
+    """Open one weight row of `source`, or the mean of several.
+
+    Chunks that take long to come by, sums and those from an object store, are made once.
+    """
+    if len(rows) == 1 and not isinstance(source.path, ObjectPath):
+        return _Row(run, source, rows[0])
+    mean = _Mean(run, source, rows)
+    return SpilledChunks(run.stream(WEIGHTS).grid, mean.dtype, mean.chunk)
+
+
+class _Row:
     """One weight row of `source`, cut like the rows of `run`."""
 
     def __init__(self, run: Run, source: Run, row: int) -> None:
         weights = source.stream(WEIGHTS)
         self._grid = run.stream(WEIGHTS).grid
         self._source_grid = weights.grid
-        self._dtype = weights.dtype
         self._shard = weights.open(row)
         self._verified = np.zeros(weights.grid.num_chunks, bool)
         self._shard.verify_rest()
 
     def chunk(self, chunk: int) -> NDArray[Any]:
         """Give w* on one inner chunk of the run, ``[C]``; a view where both are cut alike."""
-        if self._grid == self._source_grid:
-            return self._verified_chunk(chunk)
         start, stop = self._grid.bounds(chunk)
-        size = self._source_grid.chunk_elements
-        parts = []
-        for found in range(start // size, -(-stop // size)):
-            first, last = self._source_grid.bounds(found)
-            low, high = max(first, start), min(last, stop)
-            parts.append(self._verified_chunk(found)[low - first : high - first])
-        return np.concatenate(parts)
+        parts = [self._verified_chunk(n)[cut] for n, cut in _cut(self._source_grid, start, stop)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def close(self) -> None:
         """Unmap the row."""
@@ -202,32 +256,43 @@ class _Rows:
 
 
 class _Mean:
-    """The float64 mean of weight rows of `run`: each chunk summed once and spilled.
+    """The mean of weight rows of `source`, cut like the rows of `run`; one row is that row.
 
-    One row is open at a time, however many there are.
+    A few rows are open at a time, however many there are.
     """
 
-    def __init__(self, run: Run, rows: range) -> None:
-        self._weights = run.stream(WEIGHTS)
+    def __init__(self, run: Run, source: Run, rows: Sequence[int]) -> None:
+        self._weights = source.stream(WEIGHTS)
+        self._grid = run.stream(WEIGHTS).grid
         self._rows = rows
+        self.dtype = self._weights.dtype if len(rows) == 1 else np.dtype(np.float64)
         for row in rows:
             with self._weights.open(row) as shard:
                 shard.verify_rest()
-        self._chunks = SpilledChunks(self._weights.grid, self._sum)
 
     def chunk(self, chunk: int) -> NDArray[Any]:
-        """Give the mean on one inner chunk, ``[C]``."""
-        return self._chunks.chunk(chunk)
+        """Read and verify all rows on one inner chunk of the run: their mean, ``[C]``."""
+        start, stop = self._grid.bounds(chunk)
+        total, cuts = np.zeros(stop - start, self.dtype), _cut(self._weights.grid, start, stop)
+        for first in range(0, len(self._rows), _ROWS_AT_ONCE):
+            with ExitStack() as stack:
+                rows = self._rows[first : first + _ROWS_AT_ONCE]
+                shards = [stack.enter_context(self._weights.open(row)) for row in rows]
+                fetch_ahead(shards, range(cuts[0][0], cuts[-1][0] + 1))
+                place = 0
+                for number, cut in cuts:
+                    stop = place + cut.stop - cut.start
+                    for shard in shards:
+                        total[place:stop] += shard.chunk(number)[cut]
+                        shard.verify_chunk(number)
+                    place = stop
+        return total / len(self._rows) if len(self._rows) > 1 else total
 
-    def close(self) -> None:
-        """Give the spilled space back."""
-        self._chunks.close()
 
-    def _sum(self, chunk: int) -> NDArray[np.float64]:
-        start, stop = self._weights.grid.bounds(chunk)
-        total = np.zeros(stop - start)
-        for row in self._rows:
-            with self._weights.open(row) as shard:
-                shard.verify_chunk(chunk)
-                total += shard.chunk(chunk)
-        return total / len(self._rows)
+def _cut(grid: ChunkGrid, start: int, stop: int) -> list[tuple[int, slice]]:
+    """Chunks of a grid that hold coordinates `start` to `stop`, and which part of each."""
+    size, found = grid.chunk_elements, []
+    for chunk in range(start // size, -(-stop // size)):
+        first, last = grid.bounds(chunk)
+        found.append((chunk, slice(max(first, start) - first, min(last, stop) - first)))
+    return found

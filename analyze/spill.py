@@ -1,4 +1,4 @@
-"""Float64 chunks that are made once and kept in a temporary file without a name."""
+"""Inner chunks that are made once and kept in a temporary file without a name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,53 +21,48 @@ _ELSEWHERE = "set TMPDIR to a folder with room"
 
 
 class SpilledChunks:
-    """Inner chunks of D coordinates, float64, each made when it is first asked for.
+    """Inner chunks of D coordinates of one dtype, each made when it is first asked for.
 
-    They lie in the folder for temporary files (`TMPDIR`), `spilled_bytes` at most. The file has no
+    They lie in the folder for temporary files (`TMPDIR`), D · itemsize in all. The file has no
     name from the start, so the system frees it whichever way the process ends. `make` gives one
     chunk ``[C]``; several threads may ask at once. `WriteError` where there is no room.
     """
 
-    def __init__(self, grid: ChunkGrid, make: Callable[[int], NDArray[np.float64]]) -> None:
+    def __init__(
+        self, grid: ChunkGrid, dtype: np.dtype[Any], make: Callable[[int], NDArray[Any]]
+    ) -> None:
         self._grid = grid
+        self._dtype = dtype
+        page = mmap.ALLOCATIONGRANULARITY
+        self._stride = -(-grid.chunk_elements * dtype.itemsize // page) * page
         self._make = make
         self._made = [False] * grid.num_chunks
         self._locks = [threading.Lock() for _ in self._made]
-        self._file = _nameless(spilled_bytes(grid))
+        self._file = _nameless(self._stride * grid.num_chunks)
         self._closing = weakref.finalize(self, os.close, self._file)
 
-    def chunk(self, chunk: int) -> NDArray[np.float64]:
+    def chunk(self, chunk: int) -> NDArray[Any]:
         """Give one chunk, ``[C]``, mapped: its pages are the system's to drop and read again."""
         with self._locks[chunk]:
             if not self._made[chunk]:
                 self._write(chunk)
                 self._made[chunk] = True
         start, stop = self._grid.bounds(chunk)
-        place, nbytes = chunk * _stride(self._grid), (stop - start) * 8
+        place, nbytes = chunk * self._stride, (stop - start) * self._dtype.itemsize
         pages = mmap.mmap(self._file, nbytes, access=mmap.ACCESS_READ, offset=place)
-        return np.frombuffer(pages, np.float64)
+        return np.frombuffer(pages, self._dtype)
 
     def close(self) -> None:
         """Give the space back, when the last view is gone."""
         self._closing()
 
     def _write(self, chunk: int) -> None:
-        values = np.ascontiguousarray(self._make(chunk), np.float64)
-        view, place = memoryview(values).cast("B"), chunk * _stride(self._grid)
+        values = np.ascontiguousarray(self._make(chunk), self._dtype)
+        view, place = values.view(np.uint8).data, chunk * self._stride
         with writing(tempfile.gettempdir()):
             while view:
                 written = os.pwrite(self._file, view, place)
                 view, place = view[written:], place + written
-
-
-def spilled_bytes(grid: ChunkGrid) -> int:
-    """Bytes on disk that all chunks of a grid take in float64, rounded up to whole pages."""
-    return _stride(grid) * grid.num_chunks
-
-
-def _stride(grid: ChunkGrid) -> int:
-    page = mmap.ALLOCATIONGRANULARITY
-    return -(-grid.chunk_elements * 8 // page) * page
 
 
 def _nameless(nbytes: int) -> int:
@@ -79,7 +75,7 @@ def _nameless(nbytes: int) -> int:
         free = shutil.disk_usage(folder).free
         if free < nbytes:
             raise WriteError(
-                f"no room for a mean of {nbytes:,} bytes, {free:,} are free",
+                f"no room for a reference of {nbytes:,} bytes, {free:,} are free",
                 where=folder,
                 fix=_ELSEWHERE,
             )

@@ -29,7 +29,7 @@ def place_of(address: str | os.PathLike[str]) -> Place:
         raise UsageError(
             f"no run can lie at an address that begins with {scheme}://",
             where=text,
-            fix="give a path, or an address with s3://, gs:// or az://",
+            fix="give a path, or an address with s3://, gs:// or az://; to read also https://",
         )
     if not {"?", "#", "%"}.isdisjoint(rest):
         raise UsageError("no name with ?, # or %", where=text, fix="choose another name")
@@ -38,6 +38,18 @@ def place_of(address: str | os.PathLike[str]) -> Place:
         fix = f"add a name, as in {scheme}://{name or 'bucket'}/run.zarr"
         raise UsageError("no run is named", where=text, fix=fix)
     return ObjectPath(f"{scheme}://{name}")
+
+
+def target_of(address: str | os.PathLike[str]) -> Place:
+    """Return the place of a run that is to be written; `UsageError` where none can be."""
+    place = place_of(address)
+    if isinstance(place, ObjectPath) and place.is_read_only:
+        raise UsageError(
+            "a run on a web server can only be read",
+            where=place,
+            fix="write to a path, or to an address with s3://, gs:// or az://",
+        )
+    return place
 
 
 def absolute(place: Place) -> Place:

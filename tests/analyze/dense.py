@@ -29,6 +29,11 @@ GROUPS: dict[str, dict[str, list[int]]] = {
         "head.weight": list(range(16, 24)),
         "scale": [24],
     },
+    "kind": {
+        "matrix": [*range(12), *range(16, 24)],
+        "bias": list(range(12, 16)),
+        "scalar": [24],
+    },
 }
 # The parameter group of each coordinate; the last one is not updated.
 PARAMETER_GROUP = np.repeat([0, 1, 0, -1], [12, 4, 8, 1])

@@ -264,7 +264,7 @@ def test_non_finite_coordinates_are_counted_by_tensor(small_chunks: None, tmp_pa
 def test_references_are_closed_after_each_call(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()  # what earlier tests left open
     closed: list[object] = []
-    monkeypatch.setattr(references._Rows, "close", lambda rows: closed.append(rows))
+    monkeypatch.setattr(references._Row, "close", lambda rows: closed.append(rows))
     for calls in (1, 2):
         measure(run, workers=2)
         assert len(closed) == len(REFERENCES) * calls

@@ -11,10 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.linalg import norm
 
+from analyze.groups import GROUPINGS, group_tensors
 from analyze.tables import (
-    GROUPINGS,
     concatenate,
-    group_tensors,
     measure_run,
     read_metadata,
     read_table,
