@@ -286,7 +286,9 @@ class _Mean:
                         total[place:stop] += shard.chunk(number)[cut]
                         shard.verify_chunk(number)
                     place = stop
-        return total / len(self._rows) if len(self._rows) > 1 else total
+        if len(self._rows) > 1:
+            total /= len(self._rows)
+        return total
 
 
 def _cut(grid: ChunkGrid, start: int, stop: int) -> list[tuple[int, slice]]:

@@ -61,7 +61,7 @@ def test_an_error_on_a_worker_arrives_as_it_is(cluster: str, run: Path, tmp_path
 def test_a_cluster_that_does_not_answer_is_one_line(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("analyze.schedulers._CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr("analyze.cluster._CONNECT_SECONDS", 0.2)
     with pytest.raises(InputError, match=r"no Dask scheduler answers: tcp://127.0.0.1:9; start"):
         measure(run, scheduler="tcp://127.0.0.1:9")
 

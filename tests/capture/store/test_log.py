@@ -10,9 +10,8 @@ from crc32c import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capture.store import DamagedError
-from capture.store import log
-from capture.store.log import Commit, CommitLog, decode, encode
+from capture.store import DamagedError, log
+from capture.store.log import Commit, decode, encode
 
 LOG = Path("commits.jsonl")
 CHECKSUM = st.integers(0, 2**32 - 1).map("{:08x}".format)
