@@ -66,6 +66,11 @@ def main(context: click.Context) -> None:
     default="threads",
     help="threads, or the tcp:// or tls:// address of a Dask scheduler. Default: threads.",
 )
+@click.option(
+    "--tls-ca", type=click.Path(), help="For tls://, certificate of the authority, a PEM file."
+)
+@click.option("--tls-cert", type=click.Path(), help="For tls://, your own certificate.")
+@click.option("--tls-key", type=click.Path(), help="For tls://, the key of your certificate.")
 @click.option("--workers", type=int, help="Number of threads. Default: one per processor.")
 @click.option(
     "--cache",
@@ -73,49 +78,69 @@ def main(context: click.Context) -> None:
     help="Folder for the moments that were summed before. Default: NAME.moments beside the run.",
 )
 @click.option("--no-cache", is_flag=True, help="Sum again, and keep nothing.")
-@click.option("--out", type=click.Path(), required=True, help="Parquet file to write.")
+@click.option(
+    "--plan", is_flag=True, help="Say what would be read, and what that takes; measure nothing."
+)
+@click.option("--out", type=click.Path(), help="Parquet file to write.")
+@click.pass_context
 def compute(
+    context: click.Context,
     runs: tuple[str, ...],
     references: tuple[str, ...],
     streams: tuple[str, ...],
     by: str,
     patterns: tuple[str, ...],
     scheduler: str,
+    tls_ca: str | None,
+    tls_cert: str | None,
+    tls_key: str | None,
     workers: int | None,
     cache: str | None,
     no_cache: bool,
-    out: str,
+    plan: bool,
+    out: str | None,
 ) -> None:
     """Measure runs into a table, and print the verdict.
 
     RUN is a folder that `capture train --out` or a Recorder wrote. The table has one row per run,
     stream, step, batch, group of tensors and reference. Every byte that leads to a number is
     verified when it is first read; what was summed from it is kept, so that the next question
-    about the same gradients and references reads none of them again.
+    about the same gradients and references reads none of them again. Means, and references on
+    object stores, are kept in the folder for temporary files (TMPDIR) meanwhile.
     """
     from analyze.groups import name_of, parse_groups
     from analyze.tables import concatenate, measure_run, write_table
     from analyze.verdict import counted, verdict
     from capture.store.target import check_target
 
+    where: Any = scheduler
+    if tls_ca or tls_cert or tls_key:
+        from analyze.schedulers import Cluster
+
+        where = Cluster(scheduler, tls_ca, tls_cert, tls_key)
+    place = False if no_cache else True if cache is None else cache
+    options: dict[str, Any] = {
+        "streams": streams,
+        "scheduler": where,
+        "workers": workers,
+        "cache": place,
+    }
+    if plan:
+        for run in dict.fromkeys(runs):
+            _print(_projected(run, references, options))
+        return
+    if out is None:
+        raise click.UsageError("Missing option '--out'.", context)
     files = [text.removeprefix("file:") for text in references if text.startswith("file:")]
     check_target(out, [*runs, *files])
     chosen: Any = parse_groups(patterns) if patterns else by
     groupings = ["model"] if chosen == "model" else ["model", chosen]
-    place = False if no_cache else True if cache is None else cache
     measured = []
     for run in dict.fromkeys(runs):
+        if sys.stderr.isatty():
+            click.echo(_projected(run, references, options), err=True)
         with _progress(run) as show:
-            tables = measure_run(
-                run,
-                references,
-                streams=streams,
-                by=groupings,
-                scheduler=scheduler,
-                workers=workers,
-                progress=show,
-                cache=place,
-            )
+            tables = measure_run(run, references, by=groupings, progress=show, **options)
         measured.append(tables)
     table = concatenate([tables[name_of(chosen)] for tables in measured])
     write_table(table, out)
@@ -173,6 +198,14 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _projected(run: str, references: tuple[str, ...], options: dict[str, Any]) -> str:
+    """Say in one line what measuring a run will take."""
+    from analyze.projection import project_run
+
+    passes = project_run(run, references, **options)
+    return f"{run}: {'; then '.join(map(str, passes)) or 'all was summed before, reads nothing'}"
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def compute_moments(
             for name in names
             for block in cut(session.run.stream(name), threads, rows_per_block)
         ]
-        tasks = [partial(_measure, plan, block) for block in blocks]
+        tasks = [partial(measure_block, plan, block) for block in blocks]
         schedulers.run_each(
             tasks,
             scheduler,
@@ -95,7 +95,7 @@ def compute_moments(
 _Partials = list[tuple[NDArray[np.float64], NDArray[np.int64]]]
 
 
-def _measure(plan: Plan, block: Block) -> _Partials:
+def measure_block(plan: Plan, block: Block) -> _Partials:
     """Measure one block; runs on a worker, which opens no more of it at a time than it may."""
     session = session_of(plan)
     batches = session.run.stream(block.stream).batches or 1

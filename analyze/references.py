@@ -43,7 +43,23 @@ _FORMS = "final, step:N, mean:K, run:PATH[@STEP], file:PATH"
 
 
 class BoundReference(Protocol):
-    """A reference opened for one run, cut like the run's rows."""
+    """A reference opened for one run, cut like the run's rows.
+
+    `bytes_once` is what is read for all chunks however often they are asked for, `bytes_per_pass`
+    what is read each time, and `bytes_spilled` what lies in the folder for temporary files.
+    """
+
+    @property
+    def bytes_once(self) -> int:
+        """Bytes that are read once."""
+
+    @property
+    def bytes_per_pass(self) -> int:
+        """Bytes that are read whenever all chunks are asked for."""
+
+    @property
+    def bytes_spilled(self) -> int:
+        """Bytes of temporary files."""
 
     def chunk(self, chunk: int) -> NDArray[Any]:
         """Give w* on one inner chunk of the run: ``[C]``, verified.
@@ -224,7 +240,7 @@ def _bind(run: Run, source: Run, rows: Sequence[int]) -> BoundReference:
     if len(rows) == 1 and not isinstance(source.path, ObjectPath):
         return _Row(run, source, rows[0])
     mean = _Mean(run, source, rows)
-    return SpilledChunks(run.stream(WEIGHTS).grid, mean.dtype, mean.chunk)
+    return SpilledChunks(run.stream(WEIGHTS).grid, mean.dtype, mean.chunk, mean.bytes_once)
 
 
 class _Row:
@@ -235,6 +251,7 @@ class _Row:
         self._grid = run.stream(WEIGHTS).grid
         self._source_grid = weights.grid
         self._shard = weights.open(row)
+        self.bytes_once, self.bytes_per_pass, self.bytes_spilled = self._shard.commit.size, 0, 0
         self._verified = np.zeros(weights.grid.num_chunks, bool)
         self._shard.verify_rest()
 
@@ -265,6 +282,7 @@ class _Mean:
         self._weights = source.stream(WEIGHTS)
         self._grid = run.stream(WEIGHTS).grid
         self._rows = rows
+        self.bytes_once = int(self._weights.commits.sizes[list(rows)].sum())
         self.dtype = self._weights.dtype if len(rows) == 1 else np.dtype(np.float64)
         for row in rows:
             with self._weights.open(row) as shard:

@@ -24,12 +24,17 @@ class SpilledChunks:
     """Inner chunks of D coordinates of one dtype, each made when it is first asked for.
 
     They lie in the folder for temporary files (`TMPDIR`), D · itemsize in all. The file has no
-    name from the start, so the system frees it whichever way the process ends. `make` gives one
+    name from the start, so the system frees it whichever way the process ends. `bytes_once` is what
+    `make` reads for all chunks. `make` gives one
     chunk ``[C]``; several threads may ask at once. `WriteError` where there is no room.
     """
 
     def __init__(
-        self, grid: ChunkGrid, dtype: np.dtype[Any], make: Callable[[int], NDArray[Any]]
+        self,
+        grid: ChunkGrid,
+        dtype: np.dtype[Any],
+        make: Callable[[int], NDArray[Any]],
+        bytes_once: int = 0,
     ) -> None:
         self._grid = grid
         self._dtype = dtype
@@ -38,7 +43,9 @@ class SpilledChunks:
         self._make = make
         self._made = [False] * grid.num_chunks
         self._locks = [threading.Lock() for _ in self._made]
-        self._file = _nameless(self._stride * grid.num_chunks)
+        self.bytes_once, self.bytes_per_pass = bytes_once, 0
+        self.bytes_spilled = self._stride * grid.num_chunks
+        self._file = _nameless(self.bytes_spilled)
         self._closing = weakref.finalize(self, os.close, self._file)
 
     def chunk(self, chunk: int) -> NDArray[Any]:

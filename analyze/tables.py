@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -116,7 +116,7 @@ def measure_run(
     *,
     streams: Sequence[str] = (),
     by: Sequence[Grouping] = ("model",),
-    scheduler: str = "threads",
+    scheduler: str | Cluster = "threads",
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     cache: Where = True,
@@ -130,15 +130,7 @@ def measure_run(
     those of `compute_moments`; `InputError` where nothing is recorded in the streams.
     """
     parsed = [parse_reference(text) for text in dict.fromkeys(references)]
-    run = open_run(path)
-    others = [name for name in run.stream_names if name != WEIGHTS and len(run.stream(name))]
-    chosen = streams or others or [WEIGHTS]
-    if not any(len(run.stream(name)) for name in chosen):
-        raise InputError(
-            f"there are no rows to measure in {', '.join(map(repr, chosen))}",
-            where=path,
-            fix="choose another --stream, or wait until something is recorded",
-        )
+    chosen = choose_streams(open_run(path), streams)
     moments = measured_moments(
         path,
         chosen,
@@ -151,6 +143,19 @@ def measure_run(
     # Opened again: a run that is still recording has written more by now.
     run = open_run(path)
     return {name_of(grouping): build(run, moments, grouping, name=path) for grouping in by}
+
+
+def choose_streams(run: Run, streams: Sequence[str] = ()) -> list[str]:
+    """Choose what `measure_run` measures; `InputError` where nothing is recorded in it."""
+    others = [name for name in run.stream_names if name != WEIGHTS and len(run.stream(name))]
+    chosen = list(streams) or others or [WEIGHTS]
+    if not any(len(run.stream(name)) for name in chosen):
+        raise InputError(
+            f"there are no rows to measure in {', '.join(map(repr, chosen))}",
+            where=run.path,
+            fix="choose another --stream, or wait until something is recorded",
+        )
+    return chosen
 
 
 def concatenate(tables: Sequence[pa.Table]) -> pa.Table:

@@ -80,6 +80,11 @@ class CommitLog(Sequence[Commit]):
     def __len__(self) -> int:
         return len(self._lines)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all lines."""
+        return sum(map(len, self._lines)) + len(self._lines)
+
     def text(self, count: int) -> bytes:
         """Give the first `count` lines as they are in the file; fewer where there are fewer."""
         return b"".join(line + b"\n" for line in self._lines[:count])
