@@ -104,6 +104,9 @@ def _collect(client: Any, address: str, futures: list[Any], take: Take, report: 
         for future, result in batch:
             if isinstance(result, _Failure):
                 raise result.error
+            if future.status != "finished":
+                # The error, or its class, value and traceback.
+                raise result if isinstance(result, BaseException) else result[1]
             take(place[future.key], result)
             done += 1
             report(done, total)

@@ -34,6 +34,9 @@ from capture.store.files import write_durably
 from capture.store.layout import WEIGHTS
 from capture.store.reader import Run, open_run
 
+if TYPE_CHECKING:
+    from analyze.schedulers import Cluster
+
 Integers = NDArray[np.int64]
 
 METADATA_KEY = b"straightway"

@@ -25,7 +25,7 @@ def measure(run: Path, **options: Any) -> Moments:
 def cluster() -> Iterator[str]:
     """The address of a scheduler with two worker processes."""
     with LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0"
     ) as started:
         yield started.scheduler_address
 
