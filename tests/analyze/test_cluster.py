@@ -254,6 +254,8 @@ def test_workers_need_no_torch(run: Path, tmp_path: Path) -> None:
         there = measure(run, scheduler=address)
         with Client(address, set_as_default=False) as client:
             loaded = client.run(lambda: "torch" in sys.modules)
+            with pytest.raises(ImportError, match="torch was imported"):
+                client.run(__import__, "torch")
     assert same_bytes(there, measure(run))
     assert list(loaded.values()) == [False]
 
