@@ -24,6 +24,8 @@ _WORKER_SECONDS = 120
 _POLL_SECONDS = 0.02
 _LOOK_SECONDS = 1
 
+_ASKED = {"on_error": "return"}
+
 # Dask has no types of its own.
 _distributed: Any = distributed
 
@@ -39,6 +41,7 @@ def run_on_cluster(
     """
     with _connected(cluster) as client, _naming(cluster.address):
         _wait_for_a_worker(client, cluster.address)
+        _check_versions(client)
         futures = [client.submit(_Returning(task, __version__), pure=False) for task in tasks]
         try:
             _collect(client, cluster.address, futures, take, report)
@@ -91,6 +94,22 @@ def _wait_for_a_worker(client: Any, address: str) -> None:
         client.wait_for_workers(1, timeout=_WORKER_SECONDS)
     except TimeoutError as error:
         raise _no_worker(address) from error
+
+
+def _check_versions(client: Any) -> None:
+    """Ask the workers that are there; later ones find out with their first task."""
+    # A function of Python's own: ours may not be there, and a worker that cannot load a task ends.
+    found = client.run(
+        eval, "__import__('analyze') and __import__('capture').__version__", **_ASKED
+    )
+    for worker, version in found.items():
+        if version != __version__:
+            what = f"has straightway {version}" if isinstance(version, str) else f"says: {version}"
+            raise MismatchError(
+                f"a worker {what}",
+                where=worker,
+                fix=f"install straightway[analyze] {__version__} where the workers run",
+            )
 
 
 def _collect(client: Any, address: str, futures: list[Any], take: Take, report: Progress) -> None:

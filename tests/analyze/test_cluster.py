@@ -242,10 +242,23 @@ def test_a_worker_of_another_version_is_refused(
 ) -> None:
     with started(workers=1, folder=tmp_path) as (address, _):
         monkeypatch.setattr(module, "__version__", "9.9.9")
-        with pytest.raises(
-            MismatchError, match=r"the worker on .* has straightway .*; install 9.9"
-        ):
+        with pytest.raises(MismatchError, match=r"a worker has straightway .*: tcp://.* 9\.9\.9"):
             measure(run, scheduler=address)
+        # One that came later and was not asked.
+        monkeypatch.setattr(module, "_check_versions", lambda client: None)
+        with pytest.raises(MismatchError, match=r"the worker on .* has straightway .*; install 9"):
+            measure(run, scheduler=address)
+
+
+def test_a_worker_without_this_package_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "analyze.py").write_text("raise ImportError('no straightway here')\n")
+    with (
+        started(workers=1, folder=tmp_path) as (address, _),
+        pytest.raises(
+            MismatchError, match=r"a worker says: no straightway here: tcp://.*; install"
+        ),
+    ):
+        measure(run, scheduler=address)
 
 
 def test_workers_need_no_torch(run: Path, tmp_path: Path) -> None:
