@@ -24,7 +24,7 @@ _WORKER_SECONDS = 120
 _POLL_SECONDS = 0.02
 _LOOK_SECONDS = 1
 
-_ASKED = {"on_error": "return"}
+_INSTALL = f"install straightway[analyze] {__version__} where scheduler and workers run"
 
 # Dask has no types of its own.
 _distributed: Any = distributed
@@ -97,19 +97,23 @@ def _wait_for_a_worker(client: Any, address: str) -> None:
 
 
 def _check_versions(client: Any) -> None:
-    """Ask the workers that are there; later ones find out with their first task."""
-    # A function of Python's own: ours may not be there, and a worker that cannot load a task ends.
-    found = client.run(
-        eval, "__import__('analyze') and __import__('capture').__version__", **_ASKED
-    )
-    for worker, version in found.items():
+    """Ask the scheduler and the workers that are there; later ones find out with their first task.
+
+    The scheduler takes tasks apart as well, and a worker that cannot load one ends.
+    """
+    # A function of Python's own: ours may not be there.
+    question = "__import__('analyze') and __import__('capture').__version__"
+    found = {}
+    try:
+        found[client.scheduler.address] = client.run_on_scheduler(eval, question)
+    except ImportError as error:
+        found[client.scheduler.address] = error
+    found |= client.run(eval, question, on_error="return")
+    for place, version in found.items():
         if version != __version__:
+            who = "the scheduler" if place == client.scheduler.address else "a worker"
             what = f"has straightway {version}" if isinstance(version, str) else f"says: {version}"
-            raise MismatchError(
-                f"a worker {what}",
-                where=worker,
-                fix=f"install straightway[analyze] {__version__} where the workers run",
-            )
+            raise MismatchError(f"{who} {what}", where=place, fix=_INSTALL)
 
 
 def _collect(client: Any, address: str, futures: list[Any], take: Take, report: Progress) -> None:
@@ -158,12 +162,11 @@ def _naming(address: str) -> Iterator[None]:
             where=address,
             fix="see their logs, and whether they have memory enough",
         ) from error
-    except ImportError as error:
-        raise MismatchError(
-            f"the workers cannot load what they need ({error})",
-            where=address,
-            fix=f"install straightway[analyze] {__version__} where they run",
-        ) from error
+    except (ImportError, RuntimeError) as error:
+        if not isinstance(error, ImportError) and "deserializ" not in str(error):
+            raise
+        what = f"the cluster cannot load what it is sent ({error.__cause__ or error})"
+        raise MismatchError(what, where=address, fix=_INSTALL) from error
     except (OSError, CancelledError, _distributed.client.FutureCancelledError) as error:
         raise _gone(address) from error
 
@@ -202,7 +205,7 @@ class _Returning:
                 MismatchError(
                     f"the worker on {socket.gethostname()} has straightway {__version__}",
                     where=os.path.dirname(__file__),
-                    fix=f"install {self.version}, which measures, where the workers run",
+                    fix=f"install {self.version} there, which measures",
                 )
             )
         try:

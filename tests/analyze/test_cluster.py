@@ -242,7 +242,7 @@ def test_a_worker_of_another_version_is_refused(
 ) -> None:
     with started(workers=1, folder=tmp_path) as (address, _):
         monkeypatch.setattr(module, "__version__", "9.9.9")
-        with pytest.raises(MismatchError, match=r"a worker has straightway .*: tcp://.* 9\.9\.9"):
+        with pytest.raises(MismatchError, match=r"the scheduler has straightway .*: tcp://"):
             measure(run, scheduler=address)
         # One that came later and was not asked.
         monkeypatch.setattr(module, "_check_versions", lambda client: None)
