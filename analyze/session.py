@@ -13,7 +13,8 @@ import numpy as np
 from crc32c import crc32c
 from numpy.typing import NDArray
 
-from analyze.references import BoundReference, Reference
+from analyze.reference_rows import BoundReference
+from analyze.references import Reference
 from capture.store import (
     DamagedError,
     InputError,

@@ -207,7 +207,7 @@ def test_a_cluster_gives_the_same_file_and_the_same_errors(folder: Path) -> None
     assert analyze("compute", "runs/first.zarr", "--out", "here.parquet").exit_code == 0
     flip(Path(shard), 8 + int.from_bytes(Path(shard).read_bytes()[:8], "little") + 5)
     with LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0"
     ) as cluster:
         there = ["--scheduler", cluster.scheduler_address, "--out", "there.parquet"]
         done = in_a_process("compute", "runs/first.zarr", *there)
