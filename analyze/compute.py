@@ -200,7 +200,8 @@ class _Sums:
     """
 
     def __init__(self, session: Session, name: str) -> None:
-        self._session = session
+        # Not the session itself: it closes its references when nobody holds it.
+        self._segments = session.segments
         self._stream = session.run.stream(name)
         rows, parameters = len(self._stream.steps), session.run.table.parameters
         shape = (rows, self._stream.batches or 1, len(session.references), len(parameters))
@@ -220,7 +221,7 @@ class _Sums:
     def _add(self, block: Block, partials: _Partials) -> None:
         rows = slice(block.rows.start, block.rows.stop)
         for chunk, (sums, counts) in zip(block.chunks, partials, strict=True):
-            first, cuts = self._session.segments[chunk]
+            first, cuts = self._segments[chunk]
             tensors = slice(first, first + len(cuts) - 1)
             self._array[rows, :, :, tensors] += sums
             self._nonfinite[rows, :, :, tensors] += counts

@@ -265,7 +265,7 @@ def test_references_are_closed_after_each_call(run: Path, monkeypatch: pytest.Mo
     gc.collect()  # what earlier tests left open
     closed: list[object] = []
     for kind in (reference_rows._Row, spill.SpilledChunks):
-        monkeypatch.setattr(kind, "close", closed.append)
+        monkeypatch.setattr(kind, "close", lambda bound: closed.append(bound))
     for calls in (1, 2):
         measure(run, workers=2)
         assert len(closed) == len(REFERENCES) * calls

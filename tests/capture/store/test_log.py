@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from crc32c import crc32c
 from hypothesis import given
@@ -117,3 +119,51 @@ def test_steps_must_grow_and_chunks_be_as_many_as_the_grid_has():
 def test_a_finished_log_that_is_too_short_is_damage():
     with pytest.raises(DamagedError, match="lists 4 shards, the finished run has 6"):
         check(rows(4), LOG, batches=None, num_chunks=1, finished=6)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("row", "0"),
+        ("row", 0.5),
+        ("row", 2**64),
+        ("batch", -1),
+        ("step", None),
+        ("size", [1]),
+        ("epoch", "soon"),
+        ("loss", "much"),
+        ("chunks", "00000000"),
+        ("more", 1),
+        ("rest", ...),
+    ],
+)
+def test_a_line_of_another_kind_is_damage(field: str, value: object) -> None:
+    """Nobody writes such lines, with a right checksum: no number may come of them."""
+    line = json.loads(encode(rows(1)[0]))
+    del line["crc32c"]
+    if value is ...:
+        del line[field]
+    else:
+        line[field] = value
+    body = json.dumps(line, separators=(",", ":")).encode()[1:]
+    forged = b'{"crc32c":"%08x",' % crc32c(body) + body + b"\n"
+    with pytest.raises(DamagedError, match="the commit log cannot be read"):
+        decode(forged, LOG)
+
+
+@given(st.lists(COMMITS, min_size=1, max_size=4))
+def test_columns_are_those_of_the_commits(commits: list[Commit]) -> None:
+    found, _ = decode(b"".join(map(encode, commits)), LOG)
+    assert found.rows.tolist() == [commit.row for commit in commits]
+    assert found.batches.tolist() == [
+        -1 if commit.batch is None else commit.batch for commit in commits
+    ]
+    assert found.steps.tolist() == [commit.step for commit in commits]
+    assert found.sizes.tolist() == [commit.size for commit in commits]
+    assert found.num_chunks.tolist() == [len(commit.chunks) for commit in commits]
+    for epoch, commit in zip(found.epochs, commits, strict=True):
+        assert epoch == commit.epoch or (np.isnan(epoch) and commit.epoch is None)
+    assert found[-1] == commits[-1]
+    assert found[1:] == commits[1:]
+    assert found.text(1) == encode(commits[0])
+    assert found.nbytes == len(found.text(len(commits)))
