@@ -9,22 +9,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from analyze.compare import compare_runs
+    from analyze.comparison import write_comparison
     from analyze.compute import compute_moments
     from analyze.report import write_report
     from analyze.tables import measure_run, read_table, write_table
 
 __all__ = [
+    "compare_runs",
     "compute_moments",
     "measure_run",
     "read_table",
+    "write_comparison",
     "write_report",
     "write_table",
 ]
 
 _HOMES = {
+    "compare_runs": "compare",
     "compute_moments": "compute",
     "measure_run": "tables",
     "read_table": "tables",
+    "write_comparison": "comparison",
     "write_report": "report",
     "write_table": "tables",
 }
