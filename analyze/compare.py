@@ -77,16 +77,14 @@ def compare_runs(
     there = {run for found in paths.values() for run in found}
     entries = {run: entry for run, entry in measured.runs.items() if run in there}
     keys = list(dict.fromkeys(key.strip() for key in group_by))
-    group_runs(entries, keys)  # an unknown key comes before any other complaint
-    repeated, warnings = find_repeats(entries, paths)
-    entries = {run: entry for run, entry in entries.items() if run not in repeated}
     groups = group_runs(entries, keys)
+    repeats, warnings = find_repeats(entries, groups, paths)
     clocks = read_clocks(paths, entries)
     blocks = []
     for (reference, stream), found in paths.items():
-        own = {run: path for run, path in found.items() if run in entries}
+        own = {run: path for run, path in found.items() if repeats.get(run) not in found}
         study = _Study(reference, stream, own, clocks, groups, entries, level, seed)
-        notes = tuple(_notes(reference, stream, own, entries, groups, measured.nulls))
+        notes = tuple(_notes(reference, stream, found, entries, groups, measured.nulls))
         blocks += [replace(block, notes=notes) for block in study.blocks(units, chosen)]
     if not any(block.rows for block in blocks):
         raise InputError(
@@ -102,7 +100,9 @@ def compare_runs(
         seed=seed,
         warnings=(*warnings, *_unfinished(entries), *differences(entries, groups, keys)),
         blocks=tuple(blocks),
-        interpolation=tuple(call for call in calls if call.run in entries),
+        interpolation=tuple(
+            call for call in calls if call.run in entries and call.run not in repeats
+        ),
     )
 
 

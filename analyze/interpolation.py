@@ -120,7 +120,7 @@ def _judge(
             "no gradients of single training batches at w_0 and w_T; measure them with "
             "`capture probe RUN --gradients fixed:10,full`"
         )
-    if not (math.isfinite(gradient) and math.isfinite(end) and start > 0):
+    if not (math.isfinite(gradient) and math.isfinite(end) and 0 < start < math.inf):
         return UNKNOWN, "a loss or gradient at w_0 or w_T is 0, not finite or not recorded"
     largest, bound = max(end / start, gradient), f"{threshold:g}"
     if largest <= threshold:

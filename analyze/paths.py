@@ -6,7 +6,7 @@ Axes: N rows, T saved steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from analyze.alignment import Clock
-from analyze.groups import Entry, same_settings
+from analyze.groups import Entry, Group, same_settings
 from analyze.tables import read_metadata
 from capture.store.errors import InputError
 from capture.store.layout import ITERATES
@@ -39,6 +39,10 @@ class Path:
     epochs: NDArray[np.float64]
     batches: NDArray[np.int64]
     columns: Mapping[str, NDArray[np.float64]]
+
+    def any_finite(self) -> bool:
+        """Whether any number is finite."""
+        return any(bool(np.isfinite(values).any()) for values in self.columns.values())
 
 
 # By (reference, stream), by run.
@@ -114,30 +118,45 @@ def read_clocks(paths: Paths, entries: Mapping[str, Entry]) -> dict[str, Clock]:
     return clocks
 
 
-def find_repeats(entries: Mapping[str, Entry], paths: Paths) -> tuple[set[str], list[str]]:
-    """Runs that are another one once more, and warnings of these and of repeated seeds."""
-    repeated: set[str] = set()
+def find_repeats(
+    entries: Mapping[str, Entry], groups: Sequence[Group], paths: Paths
+) -> tuple[dict[str, str], list[str]]:
+    """Runs of a group that are another one of it once more, and warnings of all such doubts.
+
+    Runs of equal numbers are one run, under two names or trained twice with equal seeds.
+    """
+    repeats: dict[str, str] = {}
     warnings = []
+    group_of = {run: group for group in groups for run in group.runs}
     for first, second in combinations(entries, 2):
-        if {first, second} & repeated:
+        if {first, second} & repeats.keys():
             continue
-        both = [found for found in paths.values() if first in found and second in found]
-        if both and all(_equal(found[first], found[second]) for found in both):
-            repeated.add(second)
-            warnings.append(f"{second} has the numbers of {first}: it is counted once")
+        if _equal(first, second, paths):
+            if group_of[first] == group_of[second]:
+                repeats[second] = first
+                warnings.append(f"{second} has the numbers of {first}: it is counted once")
+            else:
+                warnings.append(f"{first} and {second} have the same numbers")
         elif same_settings(entries[first], entries[second]):
             warnings.append(
                 f"{first} and {second} have one configuration, seeds included: they are not "
                 "independent"
             )
-    return repeated, warnings
+    return repeats, warnings
 
 
-def _equal(first: Path, second: Path) -> bool:
-    """Whether two paths have the same finite numbers; paths without any are not known to."""
-    if not any(np.isfinite(first.columns[name]).any() for name in _COLUMNS):
-        return False
-    return np.array_equal(first.steps, second.steps) and all(
-        np.array_equal(first.columns[name], second.columns[name], equal_nan=True)
-        for name in _COLUMNS
+def _equal(first: str, second: str, paths: Paths) -> bool:
+    """Whether two runs have the same finite numbers wherever both have any."""
+    both = [
+        (found[first], found[second])
+        for found in paths.values()
+        if first in found and second in found and found[first].any_finite()
+    ]
+    return bool(both) and all(
+        np.array_equal(one.steps, two.steps)
+        and all(
+            np.array_equal(one.columns[name], two.columns[name], equal_nan=True)
+            for name in _COLUMNS
+        )
+        for one, two in both
     )

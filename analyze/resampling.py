@@ -65,7 +65,7 @@ def block_length(series: Values) -> int:
     count = len(series)
     longest = max(1, count // 3)
     covariance = _autocovariance(series)
-    fallback: int = min(longest, math.ceil(math.cbrt(count)))
+    fallback: int = min(longest, max(1, math.ceil(math.cbrt(count))))
     if count < FEWEST_STEPS or not _varies(series, covariance):
         return fallback
     lag = np.arange(1, _window(covariance / covariance[0]) + 1)
@@ -113,15 +113,19 @@ def _drawn_blocks(rows: Values, block: int, rng: np.random.Generator, replicates
     """Sums over drawn blocks of the steps of ``[2, T, B]``: ``[2, replicates, B]``."""
     kinds, count, width = rows.shape
     until = np.concatenate([np.zeros((kinds, 1, width)), rows.cumsum(axis=1)], axis=1)
-    blocks = -(-count // block)
-    lengths = np.full(blocks, block)
-    lengths[-1] = count - block * (blocks - 1)
+    whole = until[:, block:] - until[:, :-block]
+    # The last block is cut short, so that every set has T steps.
+    blocks, rest = divmod(count - 1, block)
+    rest += 1
+    short = until[:, rest : rest + whole.shape[1]] - until[:, : whole.shape[1]]
     drawn = np.empty((kinds, replicates, width))
-    turn = max(1, _MOST_AT_ONCE // (blocks * width))
+    turn = max(1, _MOST_AT_ONCE // ((blocks + 1) * width))
     for first in range(0, replicates, turn):
         part = slice(first, min(first + turn, replicates))
-        starts = rng.integers(0, count - block + 1, (part.stop - first, blocks))
-        drawn[:, part] = (until[:, starts + lengths] - until[:, starts]).sum(axis=2)
+        starts = rng.integers(0, whole.shape[1], (blocks + 1, part.stop - first))
+        drawn[:, part] = short[:, starts[-1]]
+        for kind in range(kinds):
+            drawn[kind, part] += whole[kind].take(starts[:-1], axis=0).sum(axis=0)
     return drawn
 
 
