@@ -37,7 +37,7 @@ from analyze.paths import (
     read_paths,
     whole_models,
 )
-from analyze.uncertainty import Interval, check_level
+from analyze.uncertainty import Interval, check_level, check_seed
 from analyze.verdict import PARTS
 from capture.store.errors import InputError, UsageError
 
@@ -68,6 +68,7 @@ def compare_runs(
     key or option, `InputError` where an input is unfit or nothing can be compared.
     """
     check_level(level)
+    check_seed(seed)
     units = _units(align)
     chosen = _parts(parts)
     measured = read_inputs(inputs)

@@ -127,13 +127,13 @@ def setting(entry: Entry, key: str) -> Any:
 
 
 def text_of(value: Any) -> str:
-    """Write a setting on one line: `0.01`, `adam`, `–` for none."""
+    """Write a setting on one line: `0.01`, `adam`, `–` for none; only what can be printed."""
     if value is None:
         return ABSENT
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return json.dumps(value, ensure_ascii=False, sort_keys=True)
     text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
-    return " ".join(text.split())
+    return "".join(sign for sign in " ".join(text.split()) if sign.isprintable())
 
 
 def _known(entry: Entry) -> Iterator[str]:

@@ -45,7 +45,7 @@ def effective_size(series: Values) -> float:
     """
     count = len(series)
     covariance = _autocovariance(series)
-    if count < FEWEST_STEPS or not _varies(series, covariance):
+    if count < FEWEST_STEPS or not _varies(covariance):
         return math.nan
     even = count // 2 * 2
     pairs = (covariance[0:even:2] + covariance[1:even:2]) / covariance[0]
@@ -66,7 +66,7 @@ def block_length(series: Values) -> int:
     longest = max(1, count // 3)
     covariance = _autocovariance(series)
     fallback: int = min(longest, max(1, math.ceil(math.cbrt(count))))
-    if count < FEWEST_STEPS or not _varies(series, covariance):
+    if count < FEWEST_STEPS or not _varies(covariance):
         return fallback
     lag = np.arange(1, _window(covariance / covariance[0]) + 1)
     weight = np.minimum(1.0, 2 * (1 - lag / len(lag)))
@@ -130,17 +130,20 @@ def _drawn_blocks(rows: Values, block: int, rng: np.random.Generator, replicates
 
 
 def _autocovariance(series: Values) -> Values:
-    """R_k of lags 0 to T - 1, each a sum over T - k products divided by T."""
-    deviations = series - series.mean() if len(series) else series
+    """R_k of lags 0 to T - 1, each a sum over T - k products divided by T.
+
+    Of the series over its largest number, so that no square overflows.
+    """
+    scaled = series / (np.abs(series).max(initial=0.0) or 1.0)
+    deviations = scaled - scaled.mean() if len(series) else scaled
     spectrum = np.fft.rfft(deviations, 2 * max(1, len(series)))
     products = np.fft.irfft(spectrum * spectrum.conj(), 2 * max(1, len(series)))
     return np.asarray(products[: len(series)] / max(1, len(series)))
 
 
-def _varies(series: Values, covariance: Values) -> bool:
+def _varies(covariance: Values) -> bool:
     """Whether there is variance beyond what rounding leaves of equal numbers."""
-    scale = float(np.abs(series).max())
-    return bool(math.sqrt(max(0.0, covariance[0])) > 1e-12 * scale)
+    return bool(covariance[0] > 1e-24)
 
 
 def _window(correlation: Values) -> int:

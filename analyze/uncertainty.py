@@ -88,16 +88,24 @@ def check_level(level: float) -> float:
     return level
 
 
+def check_seed(seed: int) -> int:
+    """Return `seed`; `UsageError` where it is below 0."""
+    if seed < 0:
+        raise UsageError("the seed of the bootstrap is below 0", where=f"seed = {seed}")
+    return seed
+
+
 def run_interval(values: Values, level: float = 0.95) -> Interval:
     """Interval of Student's t for the mean over runs, of one number each ``[n]``."""
     known, check = _finite(values), check_level(level)
     if len(known) < 2:
         words = {0: "none: no run has a number", 1: "none: one run says nothing about another seed"}
         return _none(known, words[len(known)])
-    error = float(known.std(ddof=1)) / math.sqrt(len(known))
-    if error <= _ROUNDING * float(np.abs(known).max()):
+    scale = _largest(known)
+    error = float((known / scale).std(ddof=1)) / math.sqrt(len(known))
+    if error <= _ROUNDING:
         return _none(known, "none: no spread between the runs")
-    half = error * _student(len(known) - 1, check)
+    half = scale * error * _student(len(known) - 1, check)
     return _around(float(known.mean()), half, "t over runs", len(known))
 
 
@@ -113,13 +121,14 @@ def welch_interval(first: Values, second: Values, level: float = 0.95) -> Interv
         empty = not (len(one) and len(two))
         words = "a group has no number" if empty else "a group has one run only"
         return Interval(value, math.nan, math.nan, f"none: {words}", count)
-    parts = [float(group.var(ddof=1)) / len(group) for group in (one, two)]
-    if math.sqrt(sum(parts)) <= _ROUNDING * float(np.abs([*one, *two]).max()):
+    scale = _largest(np.concatenate([one, two]))
+    parts = [float((group / scale).var(ddof=1)) / len(group) for group in (one, two)]
+    if math.sqrt(sum(parts)) <= _ROUNDING:
         return Interval(
             value, math.nan, math.nan, "none: no spread between the runs of a group", count
         )
     weights = [part**2 / (len(group) - 1) for part, group in zip(parts, (one, two), strict=True)]
-    half = math.sqrt(sum(parts)) * _student(sum(parts) ** 2 / sum(weights), check)
+    half = scale * math.sqrt(sum(parts)) * _student(sum(parts) ** 2 / sum(weights), check)
     return _around(value, half, "Welch's t over runs", count)
 
 
@@ -158,6 +167,7 @@ def path_interval(
     none where fewer than `FEWEST_STEPS` steps, or `FEWEST_EFFECTIVE` effective ones, are left.
     """
     check = check_level(level)
+    check_seed(seed)
     rows = _rows(values)
     count, left_out = int(np.isfinite(rows).sum()), int(np.asarray(values).size)
     left_out -= count
@@ -171,23 +181,11 @@ def path_interval(
     why = _no_interval(series, effective)
     if why is not None:
         return found(Interval(mean, math.nan, math.nan, f"none: {why}", count))
-    rng = np.random.default_rng(seed)
-    drawn = draw_means(rows, block, rng, replicates)
-    low, high = np.quantile(drawn, [(1 - check) / 2, (1 + check) / 2])
-    steps, batches = (
-        float(draw_means(rows, block, rng, replicates, steps=which, batches=not which).var())
-        for which in (True, False)
-    )
-    # Blocks too short, or too few, understate what the correlation tells.
-    steps = max(steps, float(series.var()) / (effective - 1))
-    freedom = (len(rows) / block - 1, max(1, rows.shape[1] - 1))
-    degrees = (steps + batches) ** 2 / (steps**2 / freedom[0] + batches**2 / freedom[1])
-    wider = math.sqrt(max(1.0, (steps + batches) / float(drawn.var())))
-    wider *= _student(degrees, check) / _normal(check)
+    # Divided by the largest, so that the square of none overflows.
+    scale = _largest(series)
+    below, above = _reach(rows / scale, effective, block, check, seed, replicates)
     method = "block bootstrap within the run"
-    return found(
-        Interval(mean, mean - wider * (mean - low), mean + wider * (high - mean), method, count)
-    )
+    return found(Interval(mean, mean - scale * below, mean + scale * above, method, count))
 
 
 def negative_interval(
@@ -224,6 +222,27 @@ def within_unit(interval: Interval) -> Interval:
     return replace(interval, low=float(low), high=float(high))
 
 
+def _reach(
+    rows: Values, effective: float, block: int, level: float, seed: int, replicates: int
+) -> tuple[float, float]:
+    """How far the interval of `path_interval` reaches below and above the mean."""
+    rng = np.random.default_rng(seed)
+    mean = float(rows[np.isfinite(rows)].mean())
+    drawn = draw_means(rows, block, rng, replicates)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    steps, batches = (
+        float(draw_means(rows, block, rng, replicates, steps=which, batches=not which).var())
+        for which in (True, False)
+    )
+    # Blocks too short, or too few, understate what the correlation tells.
+    steps = max(steps, float(step_means(rows).var()) / (effective - 1))
+    freedom = (len(rows) / block - 1, max(1, rows.shape[1] - 1))
+    degrees = (steps + batches) ** 2 / (steps**2 / freedom[0] + batches**2 / freedom[1])
+    wider = math.sqrt(max(1.0, (steps + batches) / float(drawn.var())))
+    wider *= _student(degrees, level) / _normal(level)
+    return wider * (mean - float(low)), wider * (float(high) - mean)
+
+
 def _no_interval(series: Values, effective: float) -> str | None:
     if len(series) < FEWEST_STEPS:
         return f"fewer than {FEWEST_STEPS} steps"
@@ -246,6 +265,11 @@ def _rows(values: Values) -> Values:
 def _finite(values: Values) -> Values:
     array = np.asarray(values, np.float64)
     return array[np.isfinite(array)]
+
+
+def _largest(values: Values) -> float:
+    """The scale of some numbers, so that the square of none overflows; 1 where all are 0."""
+    return float(np.abs(values).max(initial=0.0)) or 1.0
 
 
 def _none(known: Values, method: str) -> Interval:
