@@ -34,7 +34,10 @@ SHARE = "negative"
 
 @dataclass(frozen=True)
 class Compared:
-    """A quantity that groups are compared in: `function` maps columns of a table to its rows."""
+    """A quantity that groups are compared in: `function` maps columns of a table to its rows.
+
+    `symbol` is how it is written.
+    """
 
     name: str
     symbol: str
@@ -63,6 +66,11 @@ OF_UPDATES = (
     Compared("lolr_update", "-⟨u, e⟩/‖u‖²", _column("lolr_update")),
     Compared(SHARE, "-cos(u, e) < 0", lambda c: -c["cosine_update"]),
 )
+
+
+def compared_in(stream: str) -> tuple[Compared, ...]:
+    """The quantities of a stream, in the order of the table."""
+    return OF_UPDATES if stream == "updates" else OF_GRADIENTS
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 
 from analyze.alignment import AFTER, ALL, EPOCHS, STEPS, Clock, Range, common_range, parts_in
 from analyze.cells import (
-    OF_GRADIENTS,
-    OF_UPDATES,
     Cell,
     Compared,
     Rows,
+    compared_in,
     difference,
     measure,
 )
@@ -85,7 +84,7 @@ def compare_runs(
     for (reference, stream), found in paths.items():
         own = {run: path for run, path in found.items() if repeats.get(run) not in found}
         study = _Study(reference, stream, own, clocks, groups, entries, level, seed)
-        notes = tuple(_notes(reference, stream, found, entries, groups, measured.nulls))
+        notes = tuple(_notes(reference, stream, found, clocks, entries, groups, measured.nulls))
         blocks += [replace(block, notes=notes) for block in study.blocks(units, chosen)]
     if not any(block.rows for block in blocks):
         raise InputError(
@@ -131,7 +130,11 @@ class _Study:
                 for run, path in self.paths.items()
             }
             rows = tuple(self._rows(names, common, parts)) if common.known else ()
-            same = first is not None and all((names[run] == first[run]).all() for run in names)
+            same = (
+                bool(rows)
+                and first is not None
+                and all((names[run] == first[run]).all() for run in names)
+            )
             first = names if first is None else first
             yield Block(self.reference, self.stream, common, len(self.paths), rows, same, ())
 
@@ -149,7 +152,7 @@ class _Study:
             if not any(rows.any() for rows in here.values()):
                 continue
             start, stop = common.bounds(part)
-            for quantity in OF_UPDATES if self.stream == "updates" else OF_GRADIENTS:
+            for quantity in compared_in(self.stream):
                 row = {
                     "align": common.unit,
                     "reference": self.reference,
@@ -248,11 +251,15 @@ def _notes(
     reference: str,
     stream: str,
     paths: Mapping[str, Path],
-    entries: Mapping[str, Any],
+    clocks: Mapping[str, Clock],
+    entries: Mapping[str, Entry],
     groups: Sequence[Group],
     nulls: Mapping[str, str],
 ) -> Iterator[str]:
     """What stands beside the numbers of a stream: nulls and why there are none, missing runs."""
+    ends = sorted({clocks[run].end for run in paths})
+    if len(ends) > 1:
+        yield f"T = {ends[0]:,} to {ends[-1]:,} updates: compared is what all of the runs have"
     missing = [run for run in entries if run not in paths]
     if missing:
         yield f"without rows of {stream} against {reference}: {', '.join(missing)}"

@@ -8,30 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from analyze.alignment import STEPS
-from analyze.cells import SHARE
+from analyze.cells import SHARE, compared_in
 from analyze.comparison import Block, Comparison
 from analyze.curves import shorten
 from analyze.interpolation import UNKNOWN
 from analyze.quantities import SIGN
+from analyze.verdict import END_SHARE
 
 _WIDTH = 100
 _NONE = "–"
 # More differences than these are for the table, not for the eye.
 _MOST_PAIRS = 6
 
-# Heading and quantity of each column, in tables one below the other.
-_Columns = tuple[tuple[str, str], ...]
-_OF_GRADIENTS: tuple[_Columns, ...] = (
-    (("γ", "cosine"), ("γ/γ⁰", "cosine_ratio"), ("η*/a_t", "lolr_ratio")),
-    (("γ < 0", SHARE), ("RSI", "rsi"), ("EB", "eb"), ("z", "z")),
-)
-_OF_UPDATES: tuple[_Columns, ...] = (
-    (
-        ("-cos(u, e)", "descent_update"),
-        ("-⟨u, e⟩/‖u‖²", "lolr_update"),
-        ("-cos(u, e) < 0", SHARE),
-    ),
-)
+# The quantities of tables that stand one below the other; the first has its bands and differences.
+_OF_GRADIENTS = (("cosine", "cosine_ratio", "lolr_ratio"), (SHARE, "rsi", "eb", "z"))
+_OF_UPDATES = (("descent_update", "lolr_update", SHARE),)
 _RATIOS = ("cosine_ratio", "lolr_ratio")
 _ALWAYS = ("cosine", "descent_update")
 
@@ -39,6 +30,8 @@ _ALWAYS = ("cosine", "descent_update")
 _CALL = ["run", "verdict", "loss w_0", "w_T", "max ‖g_b‖ w_T", "w_T/w_0", "batches", "because"]
 
 Row = Mapping[str, Any]
+# How the quantities of a table are written, by name.
+Columns = Mapping[str, str]
 
 
 def comparison_text(comparison: Comparison) -> str:
@@ -61,7 +54,11 @@ def _block(block: Block, comparison: Comparison) -> str:
     if not block.rows:
         why = "some run does not tell its epochs, or the runs have no rows in common"
         return "\n".join([f"{head}: nothing to compare, {why}", _wrapped(block.notes)])
-    tables = _OF_UPDATES if block.stream == "updates" else _OF_GRADIENTS
+    symbols = {quantity.name: quantity.symbol for quantity in compared_in(block.stream)}
+    tables = [
+        {name: symbols[name] for name in names}
+        for names in (_OF_UPDATES if block.stream == "updates" else _OF_GRADIENTS)
+    ]
     groups = [row for row in block.rows if row["against"] is None]
     parts = [f"{head}, {block.range.describe()}   {runs}"]
     parts += ["\n".join(_aligned(_numbers(groups, columns, comparison))) for columns in tables]
@@ -75,38 +72,38 @@ def _block(block: Block, comparison: Comparison) -> str:
     return "\n".join([*parts, _wrapped(block.notes)]).rstrip()
 
 
-def _numbers(rows: Sequence[Row], columns: _Columns, comparison: Comparison) -> list[list[str]]:
+def _numbers(rows: Sequence[Row], columns: Columns, comparison: Comparison) -> list[list[str]]:
     """Value and interval: one line for each part and group."""
-    found = [["part", *comparison.keys, "n", *(head for head, _ in columns)]]
+    found = [["part", *comparison.keys, "n", *columns.values()]]
     for part, label, own in _lines(rows, "group"):
         count = max(row["runs"] for row in own.values())
-        cells = [_number(own.get(name), count) for _, name in columns]
+        cells = [_number(own.get(name), count) for name in columns]
         found.append([part, *_values(label, comparison), str(count), *cells])
     return found
 
 
-def _bands(rows: Sequence[Row], columns: _Columns, comparison: Comparison) -> list[list[str]]:
+def _bands(rows: Sequence[Row], columns: Columns, comparison: Comparison) -> list[list[str]]:
     """Quantiles of the rows of all runs, and how much the rows say."""
-    heads = [(head, name) for head, name in columns if name != SHARE]
-    bands = [f"{head} [10 %, 90 %]" for head, _ in heads]
+    names = [name for name in columns if name != SHARE]
+    bands = [f"{columns[name]} [10 %, 90 %]" for name in names]
     found = [["part", *comparison.keys, "rows", "steps", "effective", "block", *bands]]
     for part, label, own in _lines(rows, "group"):
-        first = own[heads[0][1]]
+        first = own[names[0]]
         block = _NONE if first["block"] is None else str(first["block"])
         counts = [str(first["rows"]), str(first["steps"]), _short(first["effective_steps"]), block]
-        cells = [_between(own[name]["q10"], own[name]["q90"], "[]") or _NONE for _, name in heads]
+        cells = [_between(own[name]["q10"], own[name]["q90"], "[]") or _NONE for name in names]
         found.append([part, *_values(label, comparison), *counts, *cells])
     return found
 
 
-def _differences(rows: Sequence[Row], columns: _Columns, comparison: Comparison) -> list[list[str]]:
-    found = [["part", "difference", "n", *(head for head, _ in columns)]]
+def _differences(rows: Sequence[Row], columns: Columns, comparison: Comparison) -> list[list[str]]:
+    found = [["part", "difference", "n", *columns.values()]]
     for part, labels, own in _lines(rows, "group", "against"):
         names = [", ".join(_values(label, comparison)) for label in labels]
-        first = own[columns[0][1]]
-        paired = first["method"].startswith("paired") or "pair" in first["method"]
+        first = own[next(iter(columns))]
+        paired = "pair" in first["method"]
         count = f"{first['runs']} {'pairs' if paired else 'runs'}"
-        cells = [_number(own.get(name), first["runs"]) for _, name in columns]
+        cells = [_number(own.get(name), first["runs"]) for name in columns]
         found.append([part, " − ".join(names), count, *cells])
     return found
 
@@ -178,11 +175,10 @@ def _reading(comparison: Comparison) -> str:
     rows = [row for block in comparison.blocks for row in block.rows]
     level = f"{100 * comparison.level:g} %"
     groups = [row for row in rows if row["against"] is None]
-    notes = [
-        SIGN,
-        "Numbers are means over n runs of each run's mean over its rows of the part; the last 10 % "
-        "before w* are left out, there γ tends to γ⁰ anyway.",
-    ]
+    notes = [SIGN, "Numbers are means over n runs of each run's mean over its rows of the part."]
+    if not all(block.range.closed for block in comparison.blocks):
+        share = f"{100 * END_SHARE:g} %"
+        notes.append(f"Left out: the last {share} before w*; there γ tends to γ⁰ anyway.")
     if any(row["runs"] > 1 and math.isfinite(row["low"]) for row in groups):
         notes.append(f"[ ] after a number: {level} interval over runs, Student's t.")
     if any(row["runs"] == 1 for row in groups):
@@ -190,8 +186,10 @@ def _reading(comparison: Comparison) -> str:
             f"n = 1: no interval over runs, one run says nothing about another seed. ( ): {level} "
             "interval within that run, by drawing blocks of steps, crossed with batches."
         )
-    if any(row["method"].startswith("Wilson") for row in groups):
+    if any(row["method"] == "Wilson, effective steps" for row in groups):
         notes.append("γ < 0 where no row is, or all are: Wilson's, of the effective steps.")
+    if any(row["method"] == "Wilson, independent rows" for row in groups):
+        notes.append("γ < 0 where the rows of the one run are nearly independent: Wilson's.")
     methods = {row["method"] for row in rows if row["against"] is not None}
     if methods:
         said = sorted(method for method in methods if not method.startswith("none"))

@@ -164,6 +164,7 @@ def test_no_null_is_said_beside_the_numbers_with_its_reason(runs: list[str]) -> 
     assert "at equal epochs, 0 ≤ epoch < 4.5: the same rows" in text
     assert "at equal steps, 0 ≤ t < 18   6 runs" in text
     assert "3 pairs" in text
+    assert "T = 20 to 30 updates: compared is what all of the runs have" in text
 
 
 def test_the_table_is_the_same_from_runs_and_from_their_tables(
