@@ -201,6 +201,24 @@ def test_intervals_cover_across_batches_and_would_not_without_them() -> None:
     assert without < 0.7
 
 
+def test_few_blocks_and_few_batches_have_wider_intervals() -> None:
+    ratios = []
+    for series in autoregressive(0.0, 40, 12):
+        found = path_interval(series)
+        freedom = 12 / found.block - 1
+        half = (found.interval.high - found.interval.low) / 2
+        error = series.std() / math.sqrt(found.effective - 1)
+        ratios.append(half / (stats.t.ppf(0.975, freedom) * error))
+    # At least t, of 3 to 11 degrees of freedom, times the error that the effective steps have; the
+    # percentiles of so few numbers are a little less wide than those of a normal distribution.
+    assert np.mean(ratios) > 0.9
+    # t of 3 degrees of freedom is 3.2: with the 1.96 of a normal one 86 % would cover.
+    rows = [crossed(0.2, 1.0, 0.2, seed)[:, :4] for seed in range(300)]
+    both = [path_interval(own, replicates=300).interval for own in rows]
+    covered = np.mean([interval.low <= 0 <= interval.high for interval in both])
+    assert covered >= lowest_share(0.95, 300)
+
+
 def test_what_is_not_finite_is_left_out_and_counted() -> None:
     rows = np.random.default_rng(0).standard_normal((50, 4))
     holes = rows.copy()
