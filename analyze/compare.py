@@ -45,7 +45,7 @@ ALIGNMENTS: Mapping[str, tuple[str, ...]] = {
     "epochs": (EPOCHS,),
     "both": (STEPS, EPOCHS),
 }
-CHOICES = (*PARTS, AFTER, ALL)
+CHOICES = (*PARTS, ALL, AFTER)
 
 
 def compare_runs(

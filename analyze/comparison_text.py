@@ -23,7 +23,8 @@ _MOST_PAIRS = 6
 # The quantities of tables that stand one below the other; the first has its bands and differences.
 _OF_GRADIENTS = (("cosine", "cosine_ratio", "lolr_ratio"), (SHARE, "rsi", "eb", "z"))
 _OF_UPDATES = (("descent_update", "lolr_update", SHARE),)
-_RATIOS = ("cosine_ratio", "lolr_ratio")
+# What a ratio is a ratio to. It is 0 for what follows w_N: no such gradient is part of the way.
+_NULLS = {"cosine_ratio": "cosine_null", "lolr_ratio": "lolr_null"}
 _ALWAYS = ("cosine", "descent_update")
 
 # Largest over the batches: the norm at w_T, and its share of that at w_0.
@@ -77,7 +78,7 @@ def _numbers(rows: Sequence[Row], columns: Columns, comparison: Comparison) -> l
     found = [["part", *comparison.keys, "n", *columns.values()]]
     for part, label, own in _lines(rows, "group"):
         count = max(row["runs"] for row in own.values())
-        cells = [_number(own.get(name), count) for name in columns]
+        cells = [_number(own, name, count) for name in columns]
         found.append([part, *_values(label, comparison), str(count), *cells])
     return found
 
@@ -103,7 +104,7 @@ def _differences(rows: Sequence[Row], columns: Columns, comparison: Comparison) 
         first = own[next(iter(columns))]
         paired = "pair" in first["method"]
         count = f"{first['runs']} {'pairs' if paired else 'runs'}"
-        cells = [_number(own.get(name), first["runs"]) for name in columns]
+        cells = [_number(own, name, first["runs"]) for name in columns]
         found.append([part, " − ".join(names), count, *cells])
     return found
 
@@ -123,11 +124,13 @@ def _values(label: str, comparison: Comparison) -> list[str]:
     return [shorten(value) for value in group.values]
 
 
-def _number(row: Row | None, count: int) -> str:
+def _number(own: Mapping[str, Row], name: str, count: int) -> str:
     """`0.3 [0.2, 0.4]`; in parentheses within one run; with n where some runs have no number."""
-    if row is None or not math.isfinite(row["value"]):
-        return "no null" if row is not None and row["quantity"] in _RATIOS else _NONE
-    share = row["quantity"] == SHARE
+    row = own[name]
+    if not math.isfinite(row["value"]):
+        null = own[_NULLS[name]]["value"] if name in _NULLS else math.inf
+        return "no null" if math.isnan(null) else "null is 0" if null == 0 else _NONE
+    share = name == SHARE
     scale, unit = (100.0, " %") if share else (1.0, "")
     within = row["method"].startswith(("block", "Wilson")) and row["runs"] == 1
     words = [f"{_short(scale * row['value'])}{unit}"]

@@ -167,6 +167,20 @@ def test_no_null_is_said_beside_the_numbers_with_its_reason(runs: list[str]) -> 
     assert "T = 20 to 30 updates: compared is what all of the runs have" in text
 
 
+def test_a_number_that_only_some_runs_have_says_how_many(tmp_path: Path) -> None:
+    tables = [
+        table_of(
+            **{"run": str(seed), "cosine": np.full(100, 0.1 + seed), "null": "exact"},
+            cosine_null=np.full(100, np.nan if seed == 2 else 0.1),
+            config=config_of("sgd", seed),
+        )
+        for seed in SEEDS
+    ]
+    text = comparison_text(compare_runs(written(tmp_path, *tables), ["optimizer"]))
+    # Ratios 1 and 11: t of one degree of freedom, 12.706, times 10 / 2.
+    assert re.search(r"^early +sgd +3 +1\.1 \[.*\] +6 \[-57\.5, 69\.5\] n=2", text, re.MULTILINE)
+
+
 def test_the_table_is_the_same_from_runs_and_from_their_tables(
     runs: list[str], tmp_path: Path
 ) -> None:
@@ -304,6 +318,11 @@ def test_what_follows_a_reference_on_the_way_can_be_compared(tmp_path: Path) -> 
     row = cell(frame, part="after", quantity="cosine", by_run="a")
     assert (row.start, row.stop) == (50, 79)
     assert row.value == np.arange(51, 80).mean()
+    words = {"cosine_null": np.zeros(100), "lolr_null": np.zeros(100)}
+    paths = written(tmp_path, table_of("a", the_step, reference="step:50", **words))
+    text = comparison_text(compare_runs(paths, ["run"], align="steps", parts=["after"]))
+    assert "null is 0" in text
+    assert "no null" not in text
     assert cell(frame, part="late", quantity="cosine", by_run="a").value == np.arange(30, 45).mean()
 
 
