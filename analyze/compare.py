@@ -25,7 +25,6 @@ from analyze.cells import (
     measure,
 )
 from analyze.comparison import Block, Comparison
-from analyze.groups import Entry, Group, differences, group_runs, seeds
 from analyze.inputs import read_inputs
 from analyze.interpolation import THRESHOLD, call_interpolation
 from analyze.paths import (
@@ -36,6 +35,7 @@ from analyze.paths import (
     read_paths,
     whole_models,
 )
+from analyze.run_groups import Entry, Group, differences, group_runs, seeds
 from analyze.uncertainty import Interval, check_level, check_seed
 from analyze.verdict import PARTS
 from capture.store.errors import InputError, UsageError

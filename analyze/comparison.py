@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 import capture
 from analyze.alignment import Range
-from analyze.groups import Group
 from analyze.interpolation import Interpolation
+from analyze.run_groups import Group
 from analyze.tables import METADATA_KEY
 from capture.store.errors import UsageError
 from capture.store.files import write_durably

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from analyze.alignment import Clock
-from analyze.groups import Entry, Group, same_settings
+from analyze.run_groups import Entry, Group, same_settings
 from analyze.tables import read_metadata
 from capture.store.errors import InputError
 from capture.store.layout import ITERATES
