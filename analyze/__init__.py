@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from analyze.compute import compute_moments
     from analyze.report import write_report
+    from analyze.schedule import schedule_run, write_schedule
     from analyze.tables import measure_run, read_table, write_table
 
 __all__ = [
     "compute_moments",
     "measure_run",
     "read_table",
+    "schedule_run",
     "write_report",
+    "write_schedule",
     "write_table",
 ]
 
@@ -25,7 +28,9 @@ _HOMES = {
     "compute_moments": "compute",
     "measure_run": "tables",
     "read_table": "tables",
+    "schedule_run": "schedule",
     "write_report": "report",
+    "write_schedule": "schedule",
     "write_table": "tables",
 }
 

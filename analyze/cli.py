@@ -101,6 +101,64 @@ def compute(
     click.echo(f"  analyze report {shlex.quote(out)} --out {page}", err=True)
 
 
+@main.command(example="analyze schedule runs/first.zarr --out runs/rate.csv")
+@click.argument("run", metavar="RUN", type=click.Path())
+@click.option(
+    "--reference",
+    default="final",
+    help="The point w* to be reached: final, step:N, mean:K, run:PATH[@STEP] or file:PATH. "
+    "Default: final.",
+)
+@click.option(
+    "--from",
+    "source",
+    type=click.Choice(["updates", "minibatch"]),
+    help="Where the rate comes from; minibatch is for plain SGD. Default: updates where recorded.",
+)
+@click.option(
+    "--smooth",
+    type=int,
+    help="Saved steps in a window, an odd number. Default: a tenth of them, at least 5.",
+)
+@click.option("--factor", type=float, default=1.0, help="Multiply the rate. Default: 1.")
+@click.option(
+    "--by",
+    type=click.Choice(["model", "layer", "tensor"]),
+    default="layer",
+    help="The tensors that share a row of the verdict. Default: layer.",
+)
+@click.option("--out", type=click.Path(), required=True, help="CSV file to write.")
+def schedule(
+    run: str,
+    reference: str,
+    source: str | None,
+    smooth: int | None,
+    factor: float,
+    by: str,
+    out: str,
+) -> None:
+    """Write the locally optimal learning rate, for a fresh training.
+
+    RUN is a recorded run. The file has one row per saved step: η · lolr_update, the rate at which
+    the step really taken would have ended nearest w*; with plain SGD it is η*. A window of steps
+    shares the rate that is best for all of them. `capture train --lr-schedule FILE` follows it.
+
+    Printed is how η compares with η*, and η* with that of orthogonal gradients.
+    """
+    from analyze.schedule import schedule_run, write_schedule
+    from capture.store.target import check_target
+
+    check_target(out, [reference.removeprefix("file:")])
+    with _progress(run) as show:
+        found, verdict = schedule_run(
+            run, reference, source=source, smooth=smooth, factor=factor, by=by, progress=show
+        )
+    write_schedule(found, out)
+    _print(f"{verdict}\n\n{found.describe()}")
+    click.echo(f"{len(found.steps)} rates in {out}; next:", err=True)
+    click.echo(f"  capture train … --lr-schedule {shlex.quote(out)}", err=True)
+
+
 @main.command(example="analyze report runs/first.zarr --out runs/first.html")
 @click.argument("inputs", nargs=-1, required=True, metavar="RUN|TABLE…", type=click.Path())
 @click.option("--out", type=click.Path(), required=True, help="HTML page to write.")

@@ -24,9 +24,9 @@ and of the update u_t = (1, 0) ((F_t - 1) x_t + G_t g_t) = v_t x_t - push_t g_t
 
 Without decay the first entry of r_t is exactly 0, so w_0 does not enter, and for heavy ball
 a_t = η_t + β a_{t+1} and r_t = (0, β a_t); with Nesterov's form a_t is b_t = η_t + β c_t and
-r_t = (0, β² c_t) where c_t = η_t + β c_{t+1}. For heavy ball -η_t ⟨u_t, e_t⟩₀ / ‖u_t‖²₀ = a_t too:
-an update that orthogonal gradients made goes on in its momentum. For t > N the path from w_N to w_t does not contain
-g_t, and ⟨g_t, e_t⟩₀ = 0. The derivation is our own.
+r_t = (0, β² c_t) where c_t = η_t + β c_{t+1}. For heavy ball -η_t ⟨u_t, e_t⟩₀ / ‖u_t‖²₀ is a_t
+too: an update that orthogonal gradients made goes on in its momentum. For t > N the path from w_N
+to w_t does not contain g_t, and ⟨g_t, e_t⟩₀ = 0. The derivation is our own.
 
 Sums go tensor by tensor. A tensor that the optimizer does not update adds nothing to e. Exact where
 the momentum buffers were empty at w_0 and every updated tensor had a gradient in every step.

@@ -82,7 +82,7 @@ def test_references_streams_and_groups_are_chosen(folder: Path) -> None:
     assert done.stdout.count("minibatch  early") == 4
 
 
-@pytest.mark.parametrize("command", ["compute", "report"])
+@pytest.mark.parametrize("command", ["compute", "report", "schedule"])
 def test_the_example_of_each_command_runs(folder: Path, command: str) -> None:
     example = main.commands[command].example  # type: ignore[attr-defined]
     words = shlex.split(example.replace("\\\n", " "))
@@ -146,7 +146,7 @@ def test_what_a_user_can_do_wrong(
     assert not Path("t.parquet").exists()
 
 
-@pytest.mark.parametrize("command", ["compute", "report"])
+@pytest.mark.parametrize("command", ["compute", "report", "schedule"])
 @pytest.mark.parametrize(
     ("out", "words"),
     [
