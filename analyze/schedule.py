@@ -95,8 +95,8 @@ class Schedule:
                 f"  left out of every window: {alone}, the rate is 0 or a number not finite"
             )
         lines.append(
-            "  each rate suits its own steps, all others being as they were: a training that follows "
-            "them all takes another path"
+            "  each rate suits its own steps, all others being as they were: a training that "
+            "follows them all takes another path"
         )
         if self.factor != 1:
             lines.append(f"  times {self.factor:g}")
