@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from analyze.measure import Measure
 from analyze.optimizer import read_optimizer
 from analyze.quantities import Values, ratio, sum_groups, unclipping
-from capture.store.errors import InputError, UsageError
+from capture.store.errors import RESTORE, DamagedError, InputError, UsageError
+from capture.store.layout import METADATA
 from capture.store.reader import Run
 
 Integers = NDArray[np.int64]
@@ -91,6 +92,20 @@ def select_rows(table: pa.Table, **wanted: str) -> pa.Table:
     for name, value in wanted.items():
         table = table.filter(pc.equal(table[name], value))
     return table
+
+
+def first_step(run: Run) -> int:
+    """Updates before the run's step 0: a branch counts from 0, its learning rate from its parent.
+
+    `DamagedError` where the run tells something else than a number.
+    """
+    parent = run.attributes.get("parent")
+    position = parent.get("position", 0) if isinstance(parent, dict) else 0
+    if type(position) is not int or not 0 <= position < 2**53:
+        raise DamagedError(
+            "the run's attributes are damaged, parent", where=run.path / METADATA, fix=RESTORE
+        )
+    return position
 
 
 def last_step(run: Run, steps: Integers) -> int:

@@ -37,6 +37,7 @@ from analyze.directions import (
     SOURCES,
     choose_source,
     directions,
+    first_step,
     has_rows,
     last_step,
     select_rows,
@@ -185,15 +186,13 @@ def fit_schedule(
         )
     status = np.select([~before, ~known, fitted <= 0], ["held", "gap", "zero"], "fit")
     fitted = np.interp(steps, steps[known], np.maximum(fitted[known], 0))
-    # A branch counts from 0, the learning rate of `capture train` from the start of its parent.
-    offset = (run.attributes.get("parent") or {}).get("position", 0)
     return Schedule(
         run=table["run"][0].as_py(),
         reference=reference,
         source=source,
         smooth=smooth,
         factor=factor,
-        steps=steps + offset,
+        steps=steps + first_step(run),
         lr=factor * fitted,
         raw=raw,
         window=np.where(before, window, 0),
