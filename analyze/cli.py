@@ -120,7 +120,9 @@ def compute(
     type=int,
     help="Saved steps in a window, an odd number. Default: a tenth of them, at least 5.",
 )
-@click.option("--factor", type=float, default=1.0, help="Multiply the rate. Default: 1.")
+@click.option(
+    "--factor", type=float, default=1.0, help="Multiply the rate, below 1 to damp it. Default: 1."
+)
 @click.option(
     "--by",
     type=click.Choice(["model", "layer", "tensor"]),
@@ -148,7 +150,7 @@ def schedule(
     from analyze.schedule import schedule_run, write_schedule
     from capture.store.target import check_target
 
-    check_target(out, [reference.removeprefix("file:")])
+    check_target(out, [reference.removeprefix("file:")] if reference.startswith("file:") else [])
     with _progress(run) as show:
         found, verdict = schedule_run(
             run, reference, source=source, smooth=smooth, factor=factor, by=by, progress=show

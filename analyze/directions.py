@@ -55,8 +55,10 @@ def not_plain(run: Run) -> str | None:
     facts, known = read_optimizer(run), run.scalar_names()
     if facts.kind != "sgd":
         return facts.no_null_reason or f"the optimizer is {facts.name}, not plain SGD"
-    if "group_momentum" not in known or np.any(run.scalar("group_momentum") != 0):
-        return "plain SGD has no momentum"
+    if "group_momentum" not in known:
+        return "whether it had momentum is not recorded"
+    if np.any(run.scalar("group_momentum") != 0):
+        return "this SGD has momentum, and steps elsewhere"
     return "the parameter groups have rates of their own" if several_rates(run) else None
 
 

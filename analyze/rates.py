@@ -97,7 +97,8 @@ def rate_verdict(run: Run, whole: pa.Table, grouped: pa.Table, reference: str, s
             continue
         lines += [_ORIGIN[stream], *_aligned(list(_rate_cells(run, rows, reference, stream)))]
     null = read_metadata(whole)["null"].get(f"{entry['run']}|{name}")
-    notes.append(_NULL + (f"; {null}" if null else ""))
+    known = null is not None and not null.startswith("no null")
+    notes.append(f"{_NULL}; {null}" if known else f"η*/a_t: {null or 'no null'}")
     if several_rates(run):
         notes.append("η: that of the first parameter group, others had rates of their own")
     found = contractions(run, select_rows(whole, group="model", reference=name), reference, source)

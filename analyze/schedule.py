@@ -23,6 +23,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,23 +86,26 @@ class Schedule:
         own = _range(self.run_lr)
         lines = [
             f"rate {_range(self.lr)} at {len(self.steps)} steps, that of the run itself {own}",
-            f"  from {_ORIGIN[self.source]}",
-            f"  smoothed over {self.smooth} rows: Σ⟨d, e⟩ / Σ‖d‖² with w_t+1 = w_t - η d, the one "
-            "rate that suits the window best",
-            f"  {', '.join(kinds)}",
+            f"from {_ORIGIN[self.source]}",
+            f"smoothed over {self.smooth} rows: Σ⟨d, e⟩ / Σ‖d‖² with w_t+1 = w_t - η d, the one rate "
+            "that suits the window best",
+            ", ".join(kinds),
         ]
         alone = int(np.isnan(self.raw[self.status != "held"]).sum())
         if alone:
-            lines.append(
-                f"  left out of every window: {alone}, the rate is 0 or a number not finite"
-            )
+            why = "the rate is 0 or a number not finite"
+            lines.append(f"left out of every window: {alone}, {why}")
         lines.append(
-            "  each rate suits its own steps, all others being as they were: a training that "
-            "follows them all takes another path"
+            "each rate suits its own steps, all others being as they were: a training that follows "
+            "them all takes another path"
         )
         if self.factor != 1:
-            lines.append(f"  times {self.factor:g}")
-        return "\n".join(lines)
+            lines.append(f"times {self.factor:g}")
+        wrapped = (
+            textwrap.wrap(line, 98, break_on_hyphens=False, subsequent_indent="  ")
+            for line in lines
+        )
+        return "\n  ".join(line for part in wrapped for line in part)
 
 
 _ORIGIN = {

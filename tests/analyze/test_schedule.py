@@ -113,8 +113,12 @@ def test_gradients_that_were_clipped_before_decay_was_added_are_left_out(tmp_pat
 @pytest.mark.parametrize(
     ("options", "source", "words"),
     [
-        ({"momentum": 0.9, "gradients": ("minibatch",)}, None, "plain SGD has no momentum"),
-        ({"momentum": 0.9}, "minibatch", "plain SGD has no momentum: .*leave out --from"),
+        ({"momentum": 0.9, "gradients": ("minibatch",)}, None, "this SGD has momentum"),
+        (
+            {"momentum": 0.9},
+            "minibatch",
+            "this SGD has momentum, and steps elsewhere: .*leave out --from",
+        ),
         ({"gradients": ("minibatch",)}, "updates", "no updates are recorded: .*--gradients"),
         ({"gradients": ("updates",)}, "minibatch", "no minibatch gradients are recorded"),
         ({"gradients": ()}, None, "no minibatch gradients .*--gradients minibatch,updates"),
