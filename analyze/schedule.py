@@ -87,8 +87,8 @@ class Schedule:
         lines = [
             f"rate {_range(self.lr)} at {len(self.steps)} steps, that of the run itself {own}",
             f"from {_ORIGIN[self.source]}",
-            f"smoothed over {self.smooth} rows: Σ⟨d, e⟩ / Σ‖d‖² with w_t+1 = w_t - η d, the one rate "
-            "that suits the window best",
+            f"smoothed over {self.smooth} rows: Σ⟨d, e⟩ / Σ‖d‖² with w_t+1 = w_t - η d, the one "
+            "rate that suits the window best",
             ", ".join(kinds),
         ]
         alone = int(np.isnan(self.raw[self.status != "held"]).sum())
