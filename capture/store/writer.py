@@ -8,14 +8,12 @@ object store a shard is put whole, and the log, which has no append there, follo
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from functools import wraps
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,28 +60,11 @@ from capture.store.tensors import TensorTable
 
 FLUSH_SECONDS = 1.0
 
-Given = ParamSpec("Given")
-Returned = TypeVar("Returned")
-
-
-def _in_turn(
-    method: Callable[Concatenate[RunWriter, Given], Returned],
-) -> Callable[Concatenate[RunWriter, Given], Returned]:
-    """Let threads that write wait for each other; temporary files are named for a process."""
-
-    @wraps(method)
-    def call(self: RunWriter, /, *args: Given.args, **kwargs: Given.kwargs) -> Returned:
-        with self._turn:
-            return method(self, *args, **kwargs)
-
-    return call
-
 
 class RunWriter:
     """The one writer of a run store; holds the run's lock until `close`.
 
-    Made by `create` or `reopen`. Threads that write take turns: the queue's flushes when it has
-    nothing to do, also while the training thread saves a state.
+    Made by `create` or `reopen`. One thread at a time may call it.
     """
 
     def __init__(
@@ -98,7 +79,6 @@ class RunWriter:
         self.table = table
         self.state_folder = path / WEIGHTS / "value" / PRIVATE_FOLDER
         self._lock = lock
-        self._turn = threading.RLock()
         self._attributes = attributes
         self._streams = {
             name: StreamWriter(path, self.state_folder, ShardLayout(name, table, batches))
@@ -225,7 +205,6 @@ class RunWriter:
         """Allocate a host buffer in the layout of this stream's shards."""
         return Staging(self._streams[stream].layout)
 
-    @_in_turn
     def commit(
         self,
         stream: str,
@@ -249,7 +228,6 @@ class RunWriter:
             self.flush()
         return size
 
-    @_in_turn
     def append_scalars(self, step: int, values: Mapping[str, float | NDArray[Any]]) -> None:
         """Add the scalars of update `step`; names not seen before are filled up with NaN.
 
@@ -257,7 +235,6 @@ class RunWriter:
         """
         self._scalars.append(step, values)
 
-    @_in_turn
     def flush(self) -> None:
         """Bring scalars, coordinates and shapes on disk up to what was committed."""
         self._lock.check()
@@ -266,7 +243,6 @@ class RunWriter:
         self._scalars.flush()
         self._flushed = time.monotonic()
 
-    @_in_turn
     def add_stream(self, name: str, batches: int | None) -> None:
         """Add an empty stream to a run that is there; nothing where it has it already.
 
@@ -292,7 +268,6 @@ class RunWriter:
         self._attributes["streams"] = {**self._attributes["streams"], name: batches}
         self._write_attributes()
 
-    @_in_turn
     def remove_stream(self, name: str) -> None:
         """Remove a stream of gradients with all its rows; nothing where there is none."""
         if name == WEIGHTS or name not in self._streams:
@@ -305,7 +280,6 @@ class RunWriter:
         self._write_attributes()
         remove(self.path / stream_folder(name))
 
-    @_in_turn
     def truncate(self, step: int) -> None:
         """Drop every row and every scalar with a step of `step` or later, and the final status."""
         self.flush()
@@ -320,11 +294,9 @@ class RunWriter:
     def update_attributes(self, **values: Any) -> None:
         """Merge values into the run's attributes; `UsageError` for those the store writes."""
         check_given(values)
-        with self._turn:
-            self._attributes.update(values)
-            self._write_attributes()
+        self._attributes.update(values)
+        self._write_attributes()
 
-    @_in_turn
     def finish(self, final_step: int) -> None:
         """Mark the run complete; `final_step` is T, the number of updates applied."""
         for name, stream in self._streams.items():
@@ -339,7 +311,6 @@ class RunWriter:
         }
         self._write_attributes()
 
-    @_in_turn
     def close(self) -> None:
         """Give back the lock; closing twice is harmless.
 

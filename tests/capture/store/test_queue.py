@@ -223,21 +223,3 @@ def test_a_closed_queue_takes_nothing(writer):
     queue.close()
     with pytest.raises(ValueError, match="closed"):
         queue.acquire("weights")
-
-
-def test_a_flush_of_the_idle_thread_and_of_another_take_turns(writer, monkeypatch):
-    monkeypatch.setattr("capture.store.queue.FLUSH_SECONDS", 0.001)
-    queue = SnapshotQueue(writer)
-    # As the training thread saves states, for longer than the queue has nothing to do.
-    for step in range(200):
-        queue.scalars(step, {"loss": 1.0 * step, "lr": 2.0 * step})
-        queue.drain()
-        writer.flush()
-        writer.update_attributes(saved=step)
-    queue.drain()
-    queue.close()
-    writer.flush()
-    run = open_run(writer.path)
-    assert run.scalar("loss").tolist() == np.arange(200.0).tolist()
-    assert run.scalar("lr").tolist() == (2 * np.arange(200.0)).tolist()
-    assert run.attributes["saved"] == 199
