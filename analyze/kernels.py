@@ -34,7 +34,7 @@ from analyze.moment_table import (
 _LOOPS = {
     MOMENTS: ("", "w", "g", "wg"),
     GEOMETRY: ("", "w", "g", "wg"),
-    WITHOUT_GRADIENT: ("", "w"),
+    WITHOUT_GRADIENT: ("", "w", "g", "wg"),
     NEXT_GRADIENT: ("", "g"),
     NEXT_REFERENCE: ("",),
     NEXT_BOTH: ("",),
