@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn, optim
 
+from capture import Recorder, open_run
 from capture.scalars import PendingScalars, on_device
 
 
@@ -144,3 +147,100 @@ def test_a_copy_that_fails_keeps_what_came_before_it() -> None:
         bench.pending.flush()
     assert bench.steps == [0]
     assert len(bench.pending) == 2
+
+
+# A recorder whose every tensor is late, on the CPU.
+
+
+class Stopped(Exception):
+    pass
+
+
+def record(
+    path: Path, *, late: bool = True, stop_after: int | None = None, resume: bool = False
+) -> Recorder:
+    """Train for 9 steps with a checkpoint after the 4th; `late` lets no copy arrive by itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.2), nn.Linear(3, 2))
+    optimizer = optim.Adam(model.parameters(), lr=0.01)
+    with Recorder(path, model, optimizer, every=3, resume=resume) as recorder:
+        if late:
+            assert recorder._snapshots is not None
+            recorder._snapshots.scalars = PendingScalars(
+                recorder._snapshots._write_scalars,
+                is_late=lambda value: isinstance(value, torch.Tensor),
+                fetch=Slot,
+            )
+        while recorder.step < 9:
+            optimizer.zero_grad()
+            loss = model(torch.randn(5, 4)).square().mean()
+            loss.backward()
+            recorder.log(loss=loss)
+            recorder.clip_grad_norm_(0.1)
+            optimizer.step()
+            if recorder.step == 4:
+                recorder.checkpoint()
+            if recorder.step == stop_after:
+                raise Stopped
+    return recorder
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    """Every file of the data: not the lock, nor the resume states."""
+    return {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in sorted(run.rglob("*"))
+        if path.is_file() and (".straightway" not in path.parts or path.name == "commits.jsonl")
+    }
+
+
+def test_late_scalars_leave_the_same_files(tmp_path: Path) -> None:
+    recorder = record(tmp_path / "late.zarr")
+    record(tmp_path / "prompt.zarr", late=False)
+    assert files_of(tmp_path / "late.zarr") == files_of(tmp_path / "prompt.zarr")
+    # They were late to the end.
+    assert recorder._snapshots is not None
+    assert len(recorder._snapshots.scalars) == 0
+
+
+def test_a_state_and_an_error_find_all_late_scalars_on_disk(tmp_path: Path) -> None:
+    path = tmp_path / "run.zarr"
+    with pytest.raises(Stopped):
+        record(path, stop_after=4)
+    assert len(open_run(path).scalar("loss")) == 4
+    with pytest.raises(Stopped):
+        record(path, stop_after=7, resume=True)
+    assert len(open_run(path).scalar("loss")) == 7
+    record(path, resume=True)
+    record(tmp_path / "whole.zarr", late=False)
+    assert files_of(path) == files_of(tmp_path / "whole.zarr")
+
+
+def test_a_device_that_fails_loses_its_scalars_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Dying(Slot):
+        def numbers(self) -> np.ndarray:
+            raise RuntimeError("the device is gone")
+
+    model = nn.Linear(4, 3)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(tmp_path / "run.zarr", model, optimizer, every=1)
+    assert recorder._snapshots is not None
+    for step in range(5):
+        if step == 3:
+            recorder._snapshots.scalars = PendingScalars(
+                recorder._snapshots._write_scalars,
+                is_late=lambda value: isinstance(value, torch.Tensor),
+                fetch=Dying,
+            )
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+    # The loop's own error is what is raised.
+    with pytest.raises(Stopped), recorder:
+        raise Stopped
+    assert "scalars of the last 2 updates are lost: the device is gone" in caplog.text
+    run = open_run(tmp_path / "run.zarr")
+    assert run.stream("weights").steps.tolist() == [0, 1, 2, 3, 4]
+    assert len(run.scalar("grad_norm")) == 3
