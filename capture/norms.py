@@ -5,7 +5,7 @@ several times as much as what is done here: dot products of short pieces, in the
 run, are added in float64. Relative error for float64 below 1e-14; for float32 about 1e-8, and below
 1e-6 where all numbers are nearly equal and rounding adds up.
 
-On a GPU the sums are float64 throughout, which costs nothing there, and nothing is read from it.
+On a GPU the sums are float64 throughout, and nothing is read from it.
 
 On the CPU this is numpy, as fast as the memory, with two threads for large tensors: on a busy
 machine torch's threads wait for each other, once per chunk, and take five times as long. The
