@@ -50,10 +50,9 @@ from capture.models.resnet import resnet
 
 BATCH, EVERY, CLASSES = 64, 10, 10
 SHAPE = (3, 32, 32)
-RESNET_PAIRS, MLP_PAIRS, SNAPSHOT_TURNS, PROTOCOL_TURNS = 3, 8, 7, 3
+RESNET_PAIRS, MLP_PAIRS, SNAPSHOT_TURNS, PROTOCOL_TURNS = 3, 8, 7, 2
 CUDA_PAIRS, CUDA_TURNS = 15, 30
 GROWTH_SNAPSHOTS, WARM_SNAPSHOTS = 2000, 200
-PROTOCOL_STEPS = 100
 
 Row = dict[str, Any]
 Seconds = dict[str, list[float]]
@@ -62,11 +61,13 @@ Seconds = dict[str, list[float]]
 def rows() -> Iterator[Row]:
     """Measure and give one JSON-ready row per result."""
     torch.manual_seed(0)
-    yield overhead("mlp", mlp(SHAPE, CLASSES, hidden=4096, depth=3), MLP_PAIRS)
-    yield overhead("resnet18", resnet(SHAPE, CLASSES, depth=18, channels=64), RESNET_PAIRS)
+    large, residual = mlp(SHAPE, CLASSES, hidden=4096, depth=3), resnet(SHAPE, CLASSES, depth=18)
+    yield overhead("mlp", large, MLP_PAIRS)
+    yield overhead("resnet18", residual, RESNET_PAIRS)
     yield from snapshots()
     yield from memory()
-    yield from protocol()
+    yield from protocol("mlp", large, 60)
+    yield from protocol("resnet18", residual, 30)
     if torch.cuda.is_available():
         yield from rows_on_cuda()
 
@@ -313,50 +314,50 @@ def memory() -> Iterator[Row]:
 # The paper's protocol.
 
 
-def protocol() -> Iterator[Row]:
-    """Train a ResNet-8 plainly, twice with measuring, and once with recording, in turn."""
+def protocol(name: str, initial: nn.Module, steps: int) -> Iterator[Row]:
+    """Train plainly, twice with measuring, and once with recording, in turn."""
     x, y = images(BATCH)
-    initial = resnet(SHAPE, CLASSES)
-    ratios: Seconds = {"paper": [], "ours": [], "ours_every_step": []}
-    for turn in range(-1, PROTOCOL_TURNS):
-        plain = timed(lambda: plain_training(initial, x, y))
+    ratios: Seconds = {"paper": [], "ours": []}
+    plain_training(initial, x, y, 2)
+    for _ in range(PROTOCOL_TURNS):
+        plain = timed(lambda: plain_training(initial, x, y, steps))
         took = {
-            "paper": timed(lambda: paper_training(initial, x, y)),
-            "ours": timed(lambda: our_training(initial, x, y, EVERY)),
-            "ours_every_step": timed(lambda: our_training(initial, x, y, 1)),
+            "paper": timed(lambda: paper_training(initial, x, y, steps)),
+            "ours": timed(lambda: our_training(initial, x, y, steps)),
         }
         for way, seconds in took.items():
-            if turn >= 0:
-                ratios[way].append(seconds / plain)
+            ratios[way].append(seconds / plain)
     for way, values in ratios.items():
         yield {
-            "name": f"protocol_{way}",
+            "name": f"protocol_{way}_{name}",
             "value": statistics.median(values),
             "unit": "times a plain training",
             "smallest": min(values),
             "largest": max(values),
-            "steps": PROTOCOL_STEPS,
+            "steps": steps,
             "parameters": size_of(initial),
             "n": len(values),
         }
 
 
-def plain_training(initial: nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+def plain_training(
+    initial: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int
+) -> list[torch.Tensor]:
     """Train a copy of `initial`; return w_T by tensor."""
     model = copy.deepcopy(initial)
-    train(model, optimizer_of(model), x, y, PROTOCOL_STEPS)
+    train(model, optimizer_of(model), x, y, steps)
     return [parameter.detach() for parameter in model.parameters()]
 
 
 def paper_training(
-    initial: nn.Module, x: torch.Tensor, y: torch.Tensor
+    initial: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int
 ) -> list[tuple[float, float]]:
     """Train to find w_T, then again with RSI and EB against it at every step."""
-    final = plain_training(initial, x, y)
+    final = plain_training(initial, x, y, steps)
     model = copy.deepcopy(initial)
     optimizer = optimizer_of(model)
     found = []
-    for _ in range(PROTOCOL_STEPS):
+    for _ in range(steps):
         optimizer.zero_grad()
         cross_entropy(model(x), y).backward()
         found.append(measure(list(model.parameters()), final))
@@ -376,14 +377,14 @@ def measure(parameters: list[nn.Parameter], final: list[torch.Tensor]) -> tuple[
     return float(gradient @ error) / square, float(gradient.norm()) / math.sqrt(square)
 
 
-def our_training(initial: nn.Module, x: torch.Tensor, y: torch.Tensor, every: int) -> Any:
+def our_training(initial: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int) -> Any:
     """Train a copy once with recording, then measure it against its own w_T."""
     model = copy.deepcopy(initial)
     optimizer = optimizer_of(model)
     with tempfile.TemporaryDirectory(prefix="straightway-bench-") as folder:
         run = Path(folder) / "run.zarr"
-        with Recorder(run, model, optimizer, every=every):
-            train(model, optimizer, x, y, PROTOCOL_STEPS)
+        with Recorder(run, model, optimizer, every=EVERY):
+            train(model, optimizer, x, y, steps)
         final = [parse_reference("final")]
         return compute_moments(run, ["minibatch"], final, moments=GEOMETRY, workers=2)
 
