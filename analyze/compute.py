@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import uuid
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from analyze import schedulers
 from analyze.blocks import Block, cut
-from analyze.moments import MOMENTS, moment_kind, segment_moments
+from analyze.moment_table import MOMENTS, Moments, StreamMoments
+from analyze.moments import moment_kind, segment_moments
 from analyze.references import BoundReference, Reference
 from capture.store import (
     DamagedError,
@@ -36,32 +37,6 @@ from capture.store import (
 )
 from capture.store.layout import ITERATES, WEIGHTS
 from capture.store.place import absolute_address
-
-
-@dataclass(frozen=True)
-class StreamMoments:
-    """The moments of one stream of a run, by tensor.
-
-    `steps` is int64 ``[T]``, `batches` B or `None`. `array` is float64 ``[T, R, P, 7]``, or
-    ``[T, B, R, P, 7]`` where the stream has batches, in the order of `MOMENTS` and NaN where one
-    was not asked for. `nonfinite` is int64 without the last axis: coordinates of w, g or w* that
-    are NaN or infinite. In the stream `updates`, u stands in the place of g; `weights` has ⟨e,e⟩,
-    ⟨w,e⟩ and ⟨w,w⟩ only.
-    """
-
-    stream: str
-    steps: NDArray[np.int64]
-    batches: int | None
-    array: NDArray[np.float64]
-    nonfinite: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Moments:
-    """The moments of one run: the references as typed, and each stream by name."""
-
-    references: tuple[str, ...]
-    streams: Mapping[str, StreamMoments]
 
 
 def compute_moments(
