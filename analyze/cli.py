@@ -149,10 +149,16 @@ def compute(
 )
 @click.option(
     "--by",
-    type=click.Choice(["model", "layer", "tensor"]),
+    type=click.Choice(["model", "layer", "tensor", "kind"]),
     default="layer",
     help="The tensors that share a row of the verdict. Default: layer.",
 )
+@click.option(
+    "--cache",
+    type=click.Path(),
+    help="Folder for the moments that were summed before. Default: NAME.moments beside the run.",
+)
+@click.option("--no-cache", is_flag=True, help="Sum again, and keep nothing.")
 @click.option("--out", type=click.Path(), required=True, help="CSV file to write.")
 def schedule(
     run: str,
@@ -161,6 +167,8 @@ def schedule(
     smooth: int | None,
     factor: float,
     by: str,
+    cache: str | None,
+    no_cache: bool,
     out: str,
 ) -> None:
     """Write the locally optimal learning rate, for a fresh training.
@@ -177,7 +185,14 @@ def schedule(
     check_target(out, [reference.removeprefix("file:")] if reference.startswith("file:") else [])
     with _progress(run) as show:
         found, verdict = schedule_run(
-            run, reference, source=source, smooth=smooth, factor=factor, by=by, progress=show
+            run,
+            reference,
+            source=source,
+            smooth=smooth,
+            factor=factor,
+            by=by,
+            progress=show,
+            cache=False if no_cache else True if cache is None else cache,
         )
     write_schedule(found, out)
     _print(f"{verdict}\n\n{found.describe()}")

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from analyze.measure import Measure
 from analyze.optimizer import read_optimizer
-from analyze.quantities import Values, ratio, sum_groups, unclipping
+from analyze.quantities import Values, ratio
+from analyze.sums import sum_groups, unclipping
 from capture.store.errors import RESTORE, DamagedError, InputError, UsageError
 from capture.store.layout import METADATA
 from capture.store.reader import Run

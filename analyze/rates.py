@@ -24,10 +24,12 @@ from analyze.directions import (
     several_rates,
     update_null,
 )
+from analyze.groups import Grouping, group_tensors, name_of
 from analyze.metadata import printable
 from analyze.optimizer import read_optimizer
-from analyze.quantities import Values, ratio, unclipping
-from analyze.tables import group_tensors, read_metadata
+from analyze.quantities import Values, ratio
+from analyze.sums import unclipping
+from analyze.tables import read_metadata
 from analyze.verdict import PARTS, _aligned, _band, part_of
 from capture.store.reader import Run
 
@@ -73,11 +75,13 @@ class Contraction:
         return 1 - (self.mu / self.bound) ** 2 if self.mu > 0 else np.nan
 
 
-def rate_verdict(run: Run, whole: pa.Table, grouped: pa.Table, reference: str, source: str) -> str:
+def rate_verdict(
+    run: Run, whole: pa.Table, grouped: pa.Table, by: Grouping, reference: str, source: str
+) -> str:
     """Say how the learning rate of `run` compares with η*, a_t and a conditional rate.
 
     `whole` and `grouped` are tables of this run alone, with the streams `SOURCES` as far as they
-    are recorded; `grouped` by whatever groups. Single steps are those of `source`.
+    are recorded, by model and in the groups `by`. Single steps are those of `source`.
     """
     name = printable(reference)
     entry, final = read_metadata(whole)["runs"][0], run.final_step
@@ -95,7 +99,7 @@ def rate_verdict(run: Run, whole: pa.Table, grouped: pa.Table, reference: str, s
         if stream != source and not_plain(run) is None:
             notes.append("plain SGD steps along its minibatch gradients: one table for both")
             continue
-        lines += [_ORIGIN[stream], *_aligned(list(_rate_cells(run, rows, reference, stream)))]
+        lines += [_ORIGIN[stream], *_aligned(list(_rate_cells(run, rows, by, reference, stream)))]
     null = read_metadata(whole)["null"].get(f"{entry['run']}|{name}")
     known = null is not None and not null.startswith("no null")
     notes.append(f"{_NULL}; {null}" if known else f"η*/a_t: {null or 'no null'}")
@@ -171,8 +175,9 @@ def _geometric_mean(values: Values) -> float:
         return float(np.exp(np.log(np.maximum(values, 0)).mean())) if len(values) else np.nan
 
 
-def _rate_cells(run: Run, rows: pa.Table, reference: str, stream: str) -> Iterator[tuple[str, ...]]:
-    by = read_metadata(rows)["by"]
+def _rate_cells(
+    run: Run, rows: pa.Table, by: Grouping, reference: str, stream: str
+) -> Iterator[tuple[str, ...]]:
     labels, groups = group_tensors(run.table, by)
     steps = rows["step"].to_numpy()[:: len(labels)]
     best, rate, null = (
@@ -180,7 +185,7 @@ def _rate_cells(run: Run, rows: pa.Table, reference: str, stream: str) -> Iterat
         for values in _compared(run, rows, stream, reference, steps, groups)
     )
     parts = part_of(steps, reference, last_step(run, steps))
-    yield (by, "part", "n", "η/η* [10 %, 90 %]", "η* < 0", "η*/a_t [10 %, 90 %]")
+    yield (name_of(by), "part", "n", "η/η* [10 %, 90 %]", "η* < 0", "η*/a_t [10 %, 90 %]")
     for column, label in enumerate(labels):
         for part in PARTS:
             here = (parts == part) & np.isfinite(best[:, column])

@@ -34,6 +34,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from analyze.cache import Where
 from analyze.directions import (
     SOURCES,
     choose_source,
@@ -43,6 +44,7 @@ from analyze.directions import (
     last_step,
     select_rows,
 )
+from analyze.groups import Grouping, name_of
 from analyze.metadata import printable
 from analyze.quantities import Values, ratio
 from analyze.rates import rate_verdict
@@ -127,25 +129,32 @@ def schedule_run(
     source: str | None = None,
     smooth: int | None = None,
     factor: float = 1.0,
-    by: str = "layer",
+    by: Grouping = "layer",
     progress: Callable[[int, int], None] | None = None,
+    cache: Where = True,
 ) -> tuple[Schedule, str]:
     """Measure a run; return its schedule and the verdict on its learning rate, as plain text.
 
-    See `fit_schedule`, and `analyze.rates.rate_verdict` for the verdict. Raises what they and
-    `measure_run` raise, what is wrong with the arguments before anything is measured.
+    See `fit_schedule`, and `analyze.rates.rate_verdict` for the verdict, which is in the groups
+    `by` of `analyze.groups`. Progress and cache are those of `measure_run`. Raises what these
+    raise, what is wrong with the arguments before anything is measured.
     """
     run = open_run(path)
     choose_source(run, source)
     _check(smooth, factor)
     streams = [name for name in SOURCES if has_rows(run, name)]
-    groupings = list(dict.fromkeys(["model", by]))
-    tables = measure_run(path, [reference], streams=streams, by=groupings, progress=progress)
+    groupings: list[Grouping] = ["model"] if by == "model" else ["model", by]
+    tables = measure_run(
+        path, [reference], streams=streams, by=groupings, progress=progress, cache=cache
+    )
     run = open_run(path)  # as `measure_run` does: it may have grown
     schedule = fit_schedule(
         run, tables["model"], reference, source=source, smooth=smooth, factor=factor
     )
-    return schedule, rate_verdict(run, tables["model"], tables[by], reference, schedule.source)
+    verdict = rate_verdict(
+        run, tables["model"], tables[name_of(by)], by, reference, schedule.source
+    )
+    return schedule, verdict
 
 
 def fit_schedule(

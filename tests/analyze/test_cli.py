@@ -312,8 +312,9 @@ def test_an_old_table_is_overwritten(folder: Path) -> None:
     assert pq.read_table("t.parquet").num_rows == 33
 
 
-def test_the_choices_of_by_are_all_groupings() -> None:
-    option = next(p for p in main.commands["compute"].params if p.name == "by")
+@pytest.mark.parametrize("command", ["compute", "schedule"])
+def test_the_choices_of_by_are_all_groupings(command: str) -> None:
+    option = next(p for p in main.commands[command].params if p.name == "by")
     assert list(option.type.choices) == list(GROUPINGS)  # type: ignore[attr-defined]
 
 

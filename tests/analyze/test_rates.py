@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from analyze.directions import update_null
+from analyze.groups import group_tensors
 from analyze.rates import Contraction, contractions
 from analyze.schedule import schedule_run
-from analyze.tables import group_tensors, measure_run
+from analyze.tables import measure_run
 from capture.store import open_run
 from tests.analyze.descents import CURVATURE, line, rates, record
 from tests.analyze.recorded import Rows, random_run
@@ -137,8 +138,12 @@ def test_the_table_by_layer_is_that_of_its_tensors(tmp_path: Path) -> None:
         *(f"{100 * negative:.3g}", "%"),
     ]
     assert "of the minibatch gradients: η* = lolr, along -g" in verdict
-    for by in ("model", "layer"):
+    for by in ("model", "layer", "kind"):
         assert f"\n{by} " in schedule_run(str(path), by=by)[1]
+    _, verdict = schedule_run(str(path), by={"second": "b"})
+    assert numbers(verdict, "second", "early") == found
+    assert "\ncustom " in verdict
+    assert numbers(verdict, "rest", "early")[0] == "18"
 
 
 def test_plain_sgd_has_one_table_for_both_streams(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_groups_with_rates_of_their_own_need_updates(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="the parameter groups have rates of their own"):
         schedule_run(str(path), source="minibatch")
-    _, verdict = schedule_run(str(path), "step:4")
+    _, verdict = schedule_run(str(path))
     assert "η: that of the first parameter group, others had rates of their own" in verdict
 
 

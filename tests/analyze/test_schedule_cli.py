@@ -79,7 +79,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["run.zarr", "--factor", "-1"], 2, "rates cannot be multiplied with -1"),
         (["run.zarr", "--from", "fixed"], 2, "'fixed' is not one of"),
         (["run.zarr", "--from", "minibatch"], 3, "this SGD has momentum"),
-        (["run.zarr", "--by", "kind"], 2, "'kind' is not one of"),
+        (["run.zarr", "--by", "sort"], 2, "'sort' is not one of"),
         (["none.zarr"], 3, "none.zarr"),
         (["run.zarr", "run.zarr"], 2, "unexpected extra argument"),
         ([], 2, "RUN"),
