@@ -43,12 +43,8 @@ def place_of(address: str | os.PathLike[str]) -> Place:
 def target_of(address: str | os.PathLike[str]) -> Place:
     """Return the place of a run that is to be written; `UsageError` where none can be."""
     place = place_of(address)
-    if isinstance(place, ObjectPath) and place.is_read_only:
-        raise UsageError(
-            "a run on a web server can only be read",
-            where=place,
-            fix="write to a path, or to an address with s3://, gs:// or az://",
-        )
+    if isinstance(place, ObjectPath):
+        place.require_writable()
     return place
 
 
