@@ -229,9 +229,9 @@ class ObjectPath:
     def _require_listing(self) -> None:
         if self.is_read_only:
             raise InputError(
-                "a web server does not list what it has, as is needed for a run that has not ended",
+                "this needs a list of files, which a web server does not give",
                 where=self,
-                fix="give a finished run, or copy this one to a disk",
+                fix="give a run that has ended, or copy it to a disk",
             )
 
     def _is_object(self) -> bool:

@@ -115,5 +115,7 @@ def take_lock(path: Place) -> Lock:
 
 
 def is_locked(path: Place) -> bool:
-    """Whether a process has the one-writer lock."""
-    return is_held(path) if isinstance(path, ObjectPath) else files.is_locked(path)
+    """Whether a process has the one-writer lock; behind a web server nobody can tell."""
+    if isinstance(path, ObjectPath):
+        return not path.is_read_only and is_held(path)
+    return files.is_locked(path)

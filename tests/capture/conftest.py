@@ -112,7 +112,7 @@ class Proxy(BaseHTTPRequestHandler):
             return
         if fault == "short":
             data = data[: len(data) // 2]
-        if fault == "flip":
+        if fault == "flip" and len(data) >= 20:
             data = data[:-20] + bytes([data[-20] ^ 1]) + data[-19:]
         self.answer(answer.status, dict(answer.getheaders()), data, cut=fault == "cut")
 
