@@ -44,7 +44,7 @@ class FetchedShard(Shard):
 
     What `chunk` gives was verified when it arrived, and is the caller's alone: asked again, it is
     fetched again. Held here are only chunks that were asked for ahead, until they are used, and
-    the rest of a small shard. `chunk` may be called by several threads.
+    the rest where it came along, until it is verified. Several threads may call `chunk`.
     """
 
     def __init__(self, stream: Stream, commit: Commit, relative: str) -> None:
@@ -83,6 +83,7 @@ class FetchedShard(Shard):
         """Fetch header, buffers and index, unless they came before: then they were verified."""
         if not self._rest_is_sound:
             self.read_rest()
+        self._rest = None
 
     def read_rest(self) -> tuple[bytes, bytes]:
         """Give the header, and what follows the chunks (buffers, then index), verified."""
