@@ -15,29 +15,16 @@ import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from analyze.tensor_file import TensorFile
-from capture.store import (
-    MismatchError,
-    Run,
-    UnknownNameError,
-    UsageError,
-    fetch_ahead,
-    open_run,
-)
+from capture.store import MismatchError, Run, UnknownNameError, UsageError, open_run
 from capture.store.layout import WEIGHTS
-from capture.store.objects import ObjectPath
 from capture.store.place import absolute_address
-
-# What is kept of one reference on an object store, at most but for its last chunk.
-_KEPT_BYTES = 32 * 2**20
 
 _FORMS = "final, step:N, mean:K, run:PATH[@STEP], file:PATH"
 
@@ -77,7 +64,7 @@ class FinalReference:
 
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`."""
-        return _bind(run, run, [run.final_row()])
+        return _Rows(run, run, [run.final_row()])
 
     def identity(self, run: Run) -> str:
         """Tell by the checksums of the row."""
@@ -93,7 +80,7 @@ class StepReference:
 
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`."""
-        return _bind(run, run, [run.stream(WEIGHTS).row_of(self.step)])
+        return _Rows(run, run, [run.stream(WEIGHTS).row_of(self.step)])
 
     def identity(self, run: Run) -> str:
         """Tell by the checksums of the row."""
@@ -109,7 +96,7 @@ class MeanReference:
 
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`."""
-        return _bind(run, run, self._rows(run))
+        return _Rows(run, run, self._rows(run))
 
     def identity(self, run: Run) -> str:
         """Tell by the checksums of the rows."""
@@ -137,7 +124,7 @@ class RunReference:
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`; `MismatchError` where the two runs' tensors differ."""
         other, row = self._row(run)
-        return _bind(run, other, [row])
+        return _Rows(run, other, [row])
 
     def identity(self, run: Run) -> str:
         """Tell by the checksums of the row."""
@@ -216,34 +203,6 @@ def _is_count(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
 
-def _bind(run: Run, source: Run, rows: Sequence[int]) -> BoundReference:
-    """Open the mean of weight rows of `source`; from an object store each chunk comes once."""
-    bound = _Rows(run, source, rows)
-    return _Kept(bound) if isinstance(source.path, ObjectPath) else bound
-
-
-class _Kept:
-    """A reference whose chunks take long to come by: the last few are kept for other blocks.
-
-    Blocks that run at the same time ask for the same chunks: one of them fetches, the others wait.
-    """
-
-    def __init__(self, bound: _Rows) -> None:
-        self._bound = bound
-        self._lock = Lock()
-        self._chunk = lru_cache(max(1, _KEPT_BYTES // bound.chunk_bytes))(bound.chunk)
-
-    def chunk(self, chunk: int) -> NDArray[Any]:
-        """Give the mean on one inner chunk of the run, ``[C]``."""
-        with self._lock:
-            return self._chunk(chunk)
-
-    def close(self) -> None:
-        """Let go of the chunks and the rows."""
-        self._chunk.cache_clear()
-        self._bound.close()
-
-
 class _Rows:
     """The mean of one or more weight rows of `source`, cut like the rows of `run`."""
 
@@ -254,7 +213,6 @@ class _Rows:
         self._shards = [weights.open(row) for row in rows]
         self._verified = [np.zeros(weights.grid.num_chunks, bool) for _ in rows]
         self._dtype = weights.dtype if len(rows) == 1 else np.dtype(np.float64)
-        self.chunk_bytes = self._grid.chunk_elements * self._dtype.itemsize
         for shard in self._shards:
             shard.verify_rest()
 
@@ -263,8 +221,6 @@ class _Rows:
         if len(self._shards) == 1 and self._grid == self._source_grid:
             return self._verified_chunk(0, chunk)
         start, stop = self._grid.bounds(chunk)
-        size = self._source_grid.chunk_elements
-        fetch_ahead(self._shards, range(start // size, -(-stop // size)))
         total = np.zeros(stop - start, self._dtype)
         for number in range(len(self._shards)):
             self._add(number, start, stop, total)
