@@ -150,10 +150,8 @@ def test_requests_are_in_flight_together(bucket, weights):
             now -= 1
 
     bucket.fail(slow)
-    began = time.monotonic()
     weights.read(ROW)
-    assert most > 4
-    assert time.monotonic() - began < 0.1 * CHUNKS
+    assert 4 < most <= fetched_shard.IN_FLIGHT
 
 
 def test_a_shard_is_never_whole_in_memory(bucket, sample, monkeypatch):
