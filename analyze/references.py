@@ -243,7 +243,8 @@ class _Rows:
             total[low - start : high - start] += values[low - first : high - first]
 
     def _verified_chunk(self, number: int, chunk: int) -> NDArray[Any]:
+        values = self._shards[number].chunk(chunk)
         if not self._verified[number][chunk]:
             self._shards[number].verify_chunk(chunk)
             self._verified[number][chunk] = True
-        return self._shards[number].chunk(chunk)
+        return values

@@ -180,12 +180,11 @@ def plan(config: str | None, out: str | None, force: bool, json: bool, **flags: 
 
     settings = read_config(config, flags)
 
-    from pathlib import Path
-
     from capture.plan import plan as make_plan
     from capture.storage import require_space
+    from capture.store.place import place_of
 
-    target = Path(out or "run.zarr")
+    target = place_of(out or "run.zarr")
     prediction = make_plan(settings, target)
     _print_json(prediction.to_dict()) if json else click.echo(prediction.to_text())
     if not force:
