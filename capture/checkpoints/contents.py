@@ -140,7 +140,7 @@ def tensor_of(
 
     `dtype` is its safetensors name, `None` for one without; `what` are the words for it.
     """
-    if name.startswith(RESERVED_PREFIX) or name == "__metadata__" or not _is_text(name):
+    if name.startswith(RESERVED_PREFIX) or name == "__metadata__" or not is_text(name):
         raise UnsupportedModelError(
             f"a name that the format keeps for itself, {name!r}",
             where=where,
@@ -155,7 +155,8 @@ def tensor_of(
     return Tensor(name, shape, dtype)
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from capture.checkpoints.contents import Contents, find_state, tensor_of
-from capture.checkpoints.torch_files import raw_bytes
+from capture.checkpoints.torch_files import first_words, raw_bytes
 from capture.describe import DTYPE_NAMES
 from capture.store.errors import DamagedError, InputError
 
@@ -157,10 +158,20 @@ def _load(state: dict[str, Any], folder: Path, metadata: Metadata, where: str) -
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             load(state, storage_reader=_Reader(folder, metadata))
-    except Exception as error:  # whatever torch says of damaged shards
-        lines = str(error).strip().splitlines() or [""]
+    except (Exception, CheckpointException) as error:  # whatever torch says of damaged shards
+        cause = _cause(error)
+        if not isinstance(cause, Exception):
+            raise cause from error
         raise DamagedError(
-            f"torch cannot read this checkpoint ({type(error).__name__}: {lines[-1][:200]})",
+            f"torch cannot read this checkpoint ({type(cause).__name__}: {first_words(cause)})",
             where=where,
             fix=_REMEDY,
         ) from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What stopped torch, out of the failures of all ranks that it puts it into."""
+    if isinstance(error, CheckpointException):
+        for failure, _ in error.failures.values():
+            return failure
+    return error

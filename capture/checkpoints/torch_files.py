@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from capture.checkpoints.contents import Contents, find_state, step_in, tensor_of
+from capture.checkpoints.contents import Contents, find_state, is_text, step_in, tensor_of
 from capture.describe import DTYPE_NAMES
 from capture.store.errors import DamagedError, InputError, UsageError
 from capture.store.tensors import Tensor
@@ -80,26 +80,28 @@ def check_records(path: Path, where: str) -> None:
 
 def _load(path: Path, where: str) -> Any:
     _require_safe_torch()
-    lazy = zipfile.is_zipfile(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
-    except UnpicklingError as error:
-        raise _refused(error, where) from error
-    except Exception as error:  # whatever torch says of a file that is damaged or none of its own
-        raise InputError(
-            f"torch cannot read this file ({type(error).__name__}: {_first_words(error)})",
-            where=where,
-            fix="check that it is a whole file of torch.save",
-        ) from error
+    # Torch maps files by name, and takes only names that are text.
+    lazy = zipfile.is_zipfile(path) and is_text(str(path))
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            source = path if lazy else file
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=lazy)
+        except UnpicklingError as error:
+            raise _refused(error, where) from error
+        except Exception as error:  # whatever torch says of a file that is damaged or not its own
+            raise InputError(
+                f"torch cannot read this file ({type(error).__name__}: {first_words(error)})",
+                where=where,
+                fix="check that it is a whole file of torch.save",
+            ) from error
 
 
 def _refused(error: UnpicklingError, where: str) -> InputError:
     found = re.search(r"GLOBAL (\S+)", str(error))
     if found is None:
         return InputError(
-            f"torch cannot read this file ({_first_words(error)})",
+            f"torch cannot read this file ({first_words(error)})",
             where=where,
             fix="check that it is a whole file of torch.save",
         )
@@ -110,7 +112,8 @@ def _refused(error: UnpicklingError, where: str) -> InputError:
     )
 
 
-def _first_words(error: BaseException) -> str:
+def first_words(error: BaseException) -> str:
+    """The first sentence of an error's message."""
     lines = str(error).strip().splitlines() or [""]
     return lines[0].partition(". ")[0][:200]
 
