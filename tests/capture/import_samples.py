@@ -81,3 +81,9 @@ def half_frozen() -> Net:
     model = Net()
     model.norm.requires_grad_(False)
     return model
+
+
+def save_all(folder: Path) -> dict[int, State]:
+    """Write a file of torch for each of `STEPS`."""
+    folder.mkdir(exist_ok=True)
+    return states(lambda model, _, step: torch.save(model.state_dict(), folder / f"step_{step}.pt"))

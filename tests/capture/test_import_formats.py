@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,38 @@ def test_folders_of_torch_distributed(tmp_path: Path, wrapper: str | None) -> No
     checked(tmp_path / "run.zarr")
     entry = open_run(tmp_path / "run.zarr").attributes["imported"]["checkpoints"][0]
     assert entry["files_sha256"].keys() == {".metadata", "__0_0.distcp"}
+
+
+RANK = """
+import sys
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+if rank == 0:
+    torch.save(model.state_dict(), f"{folder}/whole.ref")
+fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+state, optimizer = get_state_dict(model, torch.optim.Adam(model.parameters()))
+dcp.save({"app": {"model": state, "optim": optimizer}}, checkpoint_id=f"{folder}/step-10")
+distributed.destroy_process_group()
+"""
+
+
+def test_what_two_ranks_of_fsdp_save_is_put_together(tmp_path: Path) -> None:
+    commands = [[sys.executable, "-c", RANK, str(rank), str(tmp_path)] for rank in range(2)]
+    ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    said = [rank.communicate(timeout=150)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert len(list(tmp_path.glob("step-10/*.distcp"))) == 2
+    import_checkpoints(tmp_path, tmp_path / "run.zarr")
+    assert_holds(tmp_path / "run.zarr", {10: torch.load(tmp_path / "whole.ref")})
 
 
 @pytest.mark.filterwarnings("default")  # transformers warns of itself
