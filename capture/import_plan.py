@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from capture.arguments import require_whole
 from capture.checkpoints.contents import Contents
-from capture.checkpoints.find import Checkpoint, find_checkpoints
+from capture.checkpoints.find import Checkpoint, find_checkpoints, reading
 from capture.checkpoints.names import (
     Selection,
     bare,
@@ -70,7 +70,7 @@ class ImportPlan:
     table: TensorTable
     settings: Mapping[str, Any]
     from_model: bool
-    reading: _Reading
+    reader: _Reader
     stamps: Mapping[Checkpoint, Any]
 
     @property
@@ -81,14 +81,14 @@ class ImportPlan:
 
     def open(self, checkpoint: Checkpoint) -> Contents:
         """Read a checkpoint; its tensors have their bare names."""
-        return self.reading.open(checkpoint)
+        return self.reader.open(checkpoint)
 
     def to_text(self) -> str:
         """The plan as a table for people."""
         lines = [f"{'step':>10}{'epoch':>10}{'size':>12}  {'format':<18}checkpoint"]
         for row in self.rows:
             epoch = "–" if row.epoch is None else f"{row.epoch:.4g}"
-            size = format_bytes(row.checkpoint.bytes)
+            size = format_bytes(sum(size for size, _ in self.stamps[row.checkpoint]))
             kind = f"{row.checkpoint.format:<18}"
             lines.append(f"{row.step:>10}{epoch:>10}{size:>12}  {kind}{row.checkpoint.where}")
         counts = [
@@ -103,7 +103,7 @@ class ImportPlan:
 
 
 @dataclass(frozen=True)
-class _Reading:
+class _Reader:
     """How a checkpoint is read; `known` are the names that the model has, if there is one."""
 
     key: str | None
@@ -119,14 +119,15 @@ class _Reading:
 class _Headers:
     """What each checkpoint holds, read once; the tensors themselves are let go."""
 
-    reading: _Reading
+    reader: _Reader
     stamps: dict[Checkpoint, Any] = field(default_factory=dict)
     _known: dict[Checkpoint, Contents] = field(default_factory=dict)
 
     def of(self, checkpoint: Checkpoint) -> Contents:
         if checkpoint not in self._known:
-            self.stamps[checkpoint] = checkpoint.stamp()
-            self._known[checkpoint] = replace(self.reading.open(checkpoint), read=_let_go)
+            with reading(checkpoint.where):
+                self.stamps[checkpoint] = checkpoint.stamp()
+            self._known[checkpoint] = replace(self.reader.open(checkpoint), read=_let_go)
         return self._known[checkpoint]
 
 
@@ -148,10 +149,9 @@ def plan_import(
 
         model, settings = table_of_settings(settings)
     known = frozenset() if model is None else frozenset(_names(model))
-    reading = _Reading(choices.get("key"), selection.prefix, known)
-    headers = _Headers(reading)
-    alone = isinstance(sources, str | os.PathLike)
-    found = find_checkpoints([sources] if alone else sources)  # type: ignore[list-item,arg-type]
+    reader = _Reader(choices.get("key"), selection.prefix, known)
+    headers = _Headers(reader)
+    found = find_checkpoints([sources] if isinstance(sources, str | os.PathLike) else sources)
     rows = number(found, numbering, lambda checkpoint: headers.of(checkpoint).step)
 
     first = rows[0].checkpoint
@@ -164,8 +164,8 @@ def plan_import(
     for row in rows:
         check_same(table, headers.of(row.checkpoint), row.checkpoint.where, first.where)
     _tell_other_steps(rows, headers)
-    rows = _one_of_each_step(rows, reading, table)
-    return ImportPlan(tuple(rows), table, settings, model is not None, reading, headers.stamps)
+    rows = _one_of_each_step(rows, reader, table)
+    return ImportPlan(tuple(rows), table, settings, model is not None, reader, headers.stamps)
 
 
 def _checked(choices: Choices) -> tuple[Numbering, Selection]:
@@ -224,7 +224,7 @@ def _tell_other_steps(rows: Sequence[Numbered], headers: _Headers) -> None:
 
 
 def _one_of_each_step(
-    rows: Sequence[Numbered], reading: _Reading, table: TensorTable
+    rows: Sequence[Numbered], reader: _Reader, table: TensorTable
 ) -> list[Numbered]:
     """Drop copies of the same step; `InputError` where two of one step differ."""
     kept: list[Numbered] = []
@@ -233,7 +233,7 @@ def _one_of_each_step(
             kept.append(row)
             continue
         pair = [kept[-1], row]
-        digests = {_digest(one.checkpoint, reading, table) for one in pair}
+        digests = {_digest(one.checkpoint, reader, table) for one in pair}
         if len(digests) > 1:
             raise InputError(
                 f"two checkpoints of step {row.step} with other weights",
@@ -248,7 +248,7 @@ def _one_of_each_step(
     return kept
 
 
-def _digest(checkpoint: Checkpoint, reading: _Reading, table: TensorTable) -> str:
+def _digest(checkpoint: Checkpoint, reader: _Reader, table: TensorTable) -> str:
     staging = Staging(ShardLayout(WEIGHTS, table))
-    fill(staging, reading.open(checkpoint), table, checkpoint.where)
+    fill(staging, reader.open(checkpoint), table, checkpoint.where)
     return row_digest(staging)

@@ -8,7 +8,6 @@ it have no null. Buffers are as they were saved, after the forward pass of step 
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from capture import __version__
-from capture.checkpoints.find import printable
+from capture.checkpoints.find import printable, reading
 from capture.checkpoints.names import check_same
 from capture.checkpoints.numbering import Numbered
 from capture.checkpoints.rows import fill, frozen_bytes
@@ -29,8 +28,6 @@ from capture.store import InputError, RunWriter, Staging, WriteError
 from capture.store.attributes import read_attributes, refuse_taken
 from capture.store.layout import COMPLETE, LOCK, METADATA, PRIVATE_FOLDER, WEIGHTS
 from capture.store.place import Place, place_of, remove, take_lock
-
-logger = logging.getLogger("capture")
 
 # The run's attribute that tells where its rows come from.
 IMPORTED = "imported"
@@ -80,8 +77,10 @@ def write_import(plan: ImportPlan, out: Place) -> Imported:
             out, plan.table, streams={}, attributes=_attributes(plan), frozen=frozen
         )
     except WriteError:
-        with suppress(WriteError):
-            remove(out)
+        # What it has left is no run yet; where another process is at work, it has the lock.
+        if isinstance(out, Path) and not (out / METADATA).exists():
+            with suppress(WriteError, InputError):
+                _remove_unfinished(out)
         raise
     try:
         return _write_rows(plan, writer)
@@ -124,13 +123,15 @@ def _write_rows(plan: ImportPlan, writer: RunWriter) -> Imported:
 def _read_row(plan: ImportPlan, row: Numbered, staging: Staging, watch: Watch) -> dict[str, str]:
     """Fill the staging from a checkpoint that has not changed; return the digests of its files."""
     checkpoint = row.checkpoint
-    contents = plan.open(checkpoint)
-    check_same(plan.table, contents, checkpoint.where, plan.rows[0].checkpoint.where)
-    checkpoint.check_records()
-    fill(staging, contents, plan.table, checkpoint.where)
-    watch.see_frozen(checkpoint, frozen_bytes(contents, plan.table, checkpoint.where))
-    digests = checkpoint.digests()
-    if checkpoint.stamp() != plan.stamps[checkpoint]:
+    with reading(checkpoint.where):
+        contents = plan.open(checkpoint)
+        check_same(plan.table, contents, checkpoint.where, plan.rows[0].checkpoint.where)
+        checkpoint.check_records()
+        fill(staging, contents, plan.table, checkpoint.where)
+        watch.see_frozen(checkpoint, frozen_bytes(contents, plan.table, checkpoint.where))
+        digests = checkpoint.digests()
+        changed = checkpoint.stamp() != plan.stamps[checkpoint]
+    if changed:
         raise InputError(
             "the file changed while it was imported",
             where=checkpoint.where,

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import file_digest
 from pathlib import Path
@@ -67,11 +68,6 @@ class Checkpoint:
             return sorted(self.parts)
         return sorted(path for path in self.parts[0].iterdir() if path.is_file())
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of its files."""
-        return sum(path.stat().st_size for path in self.files)
-
     def stamp(self) -> tuple[tuple[int, int], ...]:
         """Sizes and times of its files, to notice that they changed."""
         return tuple((s.st_size, s.st_mtime_ns) for s in map(os.stat, self.files))
@@ -85,27 +81,22 @@ class Checkpoint:
         return found
 
     def read(self, key: str | None) -> Contents:
-        """Read what it holds; `key` says where in a file the weights lie."""
-        try:
-            return self._read(key)
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise InputError(f"cannot be read, {reason}", where=self.where) from error
+        """Read what it holds; `key` says where in a file of torch the weights lie."""
+        with reading(self.where):
+            return merged(self._read(key), self.where)
 
-    def _read(self, key: str | None) -> Contents:
+    def _read(self, key: str | None) -> list[Contents]:
         if self.format == SAFETENSORS:
-            parts = [read_safetensors(part, printable(str(part))) for part in self.parts]
-            return merged(parts, self.where)
+            return [read_safetensors(part, printable(str(part))) for part in self.parts]
         if self.format == DISTRIBUTED:
             require_torch()
             from capture.checkpoints.distributed import read_distributed
 
-            return read_distributed(self.parts[0], self.where, key)
+            return [read_distributed(self.parts[0], self.where, key)]
         require_torch()
         from capture.checkpoints.torch_files import read_torch_file
 
-        files = [read_torch_file(part, printable(str(part)), key) for part in self.parts]
-        return merged(files, self.where)
+        return [read_torch_file(part, printable(str(part)), key) for part in self.parts]
 
     def check_records(self) -> None:
         """Compare the records of torch's zip files with their checksums; `DamagedError`."""
@@ -128,13 +119,20 @@ def find_checkpoints(sources: Sequence[str | os.PathLike[str]]) -> list[Checkpoi
         where = printable(os.fspath(source))
         if is_object_address(os.fspath(source)):
             raise UsageError("checkpoints must lie on a disk", where=where, fix="fetch them first")
-        try:
+        with reading(where):
             for checkpoint in _in_source(Path(source), where):
                 found.setdefault(os.path.realpath(checkpoint.path), checkpoint)
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise InputError(f"cannot be read, {reason}", where=where) from error
     return list(found.values())
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Turn what the operating system refuses to read into an `InputError`."""
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(f"cannot be read, {reason}", where=where) from error
 
 
 def require_torch() -> None:
@@ -236,20 +234,21 @@ def _model_folder(folder: Path) -> Checkpoint | None:
     libraries name it, or with a single file of weights. In the latter two it must be called like
     one (`checkpoint-N`), or tell of the model in a file beside it, or hold that model alone.
     """
-    if folder.name.startswith(".") or folder.suffix == ".zarr":
+    name = os.path.basename(os.path.abspath(folder))
+    if name.startswith(".") or name.endswith(".zarr"):
         return None
     where = printable(str(folder))
     for place in (folder, folder / FSDP_FOLDER):
         if (place / ".metadata").is_file() and any(place.glob("*.distcp")):
             told = trainer_state(folder, where)
-            return Checkpoint(folder, folder.name, DISTRIBUTED, (place,), *told)
+            return Checkpoint(folder, name, DISTRIBUTED, (place,), *told)
     weights = _weights(folder)
     known = model_parts(folder, where)
-    is_one = _NAMED.match(folder.name) or any((folder / name).is_file() for name in _FACTS)
+    is_one = _NAMED.match(name) or any((folder / fact).is_file() for fact in _FACTS)
     parts = known if known and (is_one or {*weights} <= {*known}) else []
     if not parts and is_one and len(weights) == 1:
         parts = weights
     if not parts:
         return None
     told = trainer_state(folder, where)
-    return Checkpoint(folder, folder.name, _format(parts[0]), tuple(parts), *told)
+    return Checkpoint(folder, name, _format(parts[0]), tuple(parts), *told)

@@ -7,7 +7,6 @@ an integer or boolean tensor is a buffer. Names stand in the order of the first 
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -15,8 +14,6 @@ from dataclasses import dataclass, replace
 from capture.checkpoints.contents import Contents
 from capture.store.errors import InputError, MismatchError, UnsupportedModelError
 from capture.store.tensors import TRAINABLE_DTYPES, Tensor, TensorTable
-
-logger = logging.getLogger("capture")
 
 # Prefixes of wrappers: they go where every name carries one.
 PREFIXES = ("module.", "_orig_mod.")

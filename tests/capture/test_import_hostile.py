@@ -21,7 +21,14 @@ from torch import nn
 from capture.checkpoints.find import Checkpoint
 from capture.checkpoints.torch_files import check_records
 from capture.importing import import_checkpoints
-from capture.store import DamagedError, InputError, StraightwayError, UsageError, open_run
+from capture.store import (
+    DamagedError,
+    InputError,
+    RunWriter,
+    StraightwayError,
+    UsageError,
+    open_run,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -284,6 +291,22 @@ def test_a_file_that_changes_while_it_is_read(
 
     monkeypatch.setattr(Checkpoint, "digests", saving)
     refused(path.parent, "the file changed while it was imported")
+
+
+def test_a_file_that_goes_away_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(3):
+        (tmp_path / "kept").mkdir(exist_ok=True)
+        torch.save({"w": torch.full((4,), float(step))}, tmp_path / f"kept/step_{step}.pt")
+    commit = RunWriter.commit
+
+    def tidying(self: RunWriter, *arguments: Any, **more: Any) -> int:
+        (tmp_path / "kept/step_2.pt").unlink(missing_ok=True)
+        return commit(self, *arguments, **more)
+
+    monkeypatch.setattr(RunWriter, "commit", tidying)
+    refused(tmp_path / "kept", r"cannot be read, no such file or directory: .*step_2\.pt")
 
 
 def test_a_file_without_permission(tmp_path: Path) -> None:

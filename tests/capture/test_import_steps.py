@@ -192,6 +192,9 @@ def test_sources_may_be_folders_and_files_and_count_once(tmp_path: Path) -> None
     save(tmp_path / "b/checkpoint-3/pytorch_model.bin", 3)
     found = steps_of(tmp_path / "a", tmp_path / "b/checkpoint-3", tmp_path / "a/step_1.pt")
     assert found == {"step_1.pt": 1, "step_2.pt": 2, "checkpoint-3": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path / "b/checkpoint-3")
+        assert steps_of(Path(".")) == {"checkpoint-3": 3}
     import_checkpoints([tmp_path / "a", tmp_path / "b"], tmp_path / "run.zarr")
     values = open_run(tmp_path / "run.zarr").stream("weights")
     assert [float(values.read(row)[0]) for row in range(3)] == [1, 2, 3]
