@@ -87,3 +87,11 @@ def save_all(folder: Path) -> dict[int, State]:
     """Write a file of torch for each of `STEPS`."""
     folder.mkdir(exist_ok=True)
     return states(lambda model, _, step: torch.save(model.state_dict(), folder / f"step_{step}.pt"))
+
+
+class Wrapped(nn.Module):
+    """A model all of whose names begin like those of DDP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Linear(2, 2)

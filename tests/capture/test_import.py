@@ -337,3 +337,11 @@ def test_onto_an_object_store(tmp_path: Path, bucket) -> None:  # type: ignore[n
     with pytest.raises(MismatchError):
         import_checkpoints(tmp_path / "kept", bucket.address("other.zarr"))
     assert bucket.names("other.zarr") == []
+
+
+def test_a_prefix_that_is_the_models_own_stays(tmp_path: Path) -> None:
+    torch.save(nn.ModuleDict({"module": nn.Linear(2, 2)}).state_dict(), tmp_path / "step_1.pt")
+    assert plan_import(tmp_path).table.names == ("weight", "bias")
+    settings = {"model": "tests.capture.import_samples:Wrapped"}
+    names = plan_import(tmp_path, settings=settings).table.names
+    assert names == ("module.weight", "module.bias")
