@@ -9,23 +9,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from analyze.compare import compare_runs
+    from analyze.comparison import write_comparison
     from analyze.compute import compute_moments
     from analyze.report import write_report
+    from analyze.schedule import schedule_run, write_schedule
     from analyze.tables import measure_run, read_table, write_table
 
 __all__ = [
+    "compare_runs",
     "compute_moments",
     "measure_run",
     "read_table",
+    "schedule_run",
+    "write_comparison",
     "write_report",
+    "write_schedule",
     "write_table",
 ]
 
 _HOMES = {
+    "compare_runs": "compare",
     "compute_moments": "compute",
     "measure_run": "tables",
     "read_table": "tables",
+    "schedule_run": "schedule",
+    "write_comparison": "comparison",
     "write_report": "report",
+    "write_schedule": "schedule",
     "write_table": "tables",
 }
 

@@ -150,6 +150,81 @@ def compute(
     click.echo(f"  analyze report {shlex.quote(out)} --out {page}", err=True)
 
 
+@main.command(example="analyze schedule runs/first.zarr --out runs/rate.csv")
+@click.argument("run", metavar="RUN", type=click.Path())
+@click.option(
+    "--reference",
+    default="final",
+    help="The point w* to be reached: final, step:N, mean:K, run:PATH[@STEP] or file:PATH. "
+    "Default: final.",
+)
+@click.option(
+    "--from",
+    "source",
+    type=click.Choice(["updates", "minibatch"]),
+    help="Where the rate comes from; minibatch is for plain SGD. Default: updates where recorded.",
+)
+@click.option(
+    "--smooth",
+    type=int,
+    help="Saved steps in a window, an odd number. Default: a tenth of them, at least 5.",
+)
+@click.option(
+    "--factor", type=float, default=1.0, help="Multiply the rate, below 1 to damp it. Default: 1."
+)
+@click.option(
+    "--by",
+    type=click.Choice(["model", "layer", "tensor", "kind"]),
+    default="layer",
+    help="The tensors that share a row of the verdict. Default: layer.",
+)
+@click.option(
+    "--cache",
+    type=click.Path(),
+    help="Folder for the moments that were summed before. Default: NAME.moments beside the run.",
+)
+@click.option("--no-cache", is_flag=True, help="Sum again, and keep nothing.")
+@click.option("--out", type=click.Path(), required=True, help="CSV file to write.")
+def schedule(
+    run: str,
+    reference: str,
+    source: str | None,
+    smooth: int | None,
+    factor: float,
+    by: str,
+    cache: str | None,
+    no_cache: bool,
+    out: str,
+) -> None:
+    """Write the locally optimal learning rate, for a fresh training.
+
+    RUN is a recorded run. The file has one row per saved step: η · lolr_update, the rate at which
+    the step really taken would have ended nearest w*; with plain SGD it is η*. A window of steps
+    shares the rate that is best for all of them. `capture train --lr-schedule FILE` follows it.
+
+    Printed is how η compares with η*, and η* with that of orthogonal gradients.
+    """
+    from analyze.schedule import schedule_run, write_schedule
+    from capture.store.target import check_target
+
+    check_target(out, [reference.removeprefix("file:")] if reference.startswith("file:") else [])
+    with _progress(run) as show:
+        found, verdict = schedule_run(
+            run,
+            reference,
+            source=source,
+            smooth=smooth,
+            factor=factor,
+            by=by,
+            progress=show,
+            cache=False if no_cache else True if cache is None else cache,
+        )
+    write_schedule(found, out)
+    _print(f"{verdict}\n\n{found.describe()}")
+    click.echo(f"{len(found.steps)} rates in {out}; next:", err=True)
+    click.echo(f"  capture train … --lr-schedule {shlex.quote(out)}", err=True)
+
+
 @main.command(example="analyze report runs/first.zarr --out runs/first.html")
 @click.argument("inputs", nargs=-1, required=True, metavar="RUN|TABLE…", type=click.Path())
 @click.option("--out", type=click.Path(), required=True, help="HTML page to write.")
@@ -180,6 +255,79 @@ def report(
     written = write_report(inputs, out, figures_dir=figures, formats=chosen, width=width)
     for path in written:
         click.echo(str(path), err=True)
+
+
+@main.command(
+    example="analyze compare runs/first.zarr runs/second.zarr --group-by optimizer,lr \\\n"
+    "  --out runs/compare.csv"
+)
+@click.argument("inputs", nargs=-1, required=True, metavar="RUN|TABLE…", type=click.Path())
+@click.option(
+    "--group-by",
+    required=True,
+    metavar="KEYS",
+    help="Settings that make a group, with commas between: optimizer, lr, batch_size, model, seed "
+    "or any other key of the configuration, task_args.KEY too; or run.",
+)
+@click.option(
+    "--align",
+    default="both",
+    help="Compare at equal steps, at equal epochs, or both. Default: both.",
+)
+@click.option(
+    "--parts",
+    default="early,middle,late",
+    help="Parts of the way to w*, of early, middle, late, all (the three as one) and after (what "
+    "follows w_N). Default: early,middle,late.",
+)
+@click.option("--level", type=float, default=0.95, help="Level of the intervals. Default: 0.95.")
+@click.option("--seed", type=int, default=0, help="Seed of the bootstrap. Default: 0.")
+@click.option(
+    "--interpolates-below",
+    type=float,
+    default=0.01,
+    help="Share of their values at w_0 below which loss and gradients at w_T count as "
+    "interpolation. Default: 0.01.",
+)
+@click.option("--out", type=click.Path(), help="Table to write, .parquet or .csv.")
+def compare(
+    inputs: tuple[str, ...],
+    group_by: str,
+    align: str,
+    parts: str,
+    level: float,
+    seed: int,
+    interpolates_below: float,
+    out: str | None,
+) -> None:
+    """Compare groups of runs, with intervals.
+
+    A TABLE is what `analyze compute` wrote; a RUN is measured against final. Runs of one group
+    should differ in their seeds only; what else differs is said. The table has one row per number.
+    """
+    from analyze.compare import compare_runs
+    from analyze.comparison import check_format, write_comparison
+    from analyze.comparison_text import comparison_text
+    from analyze.verdict import counted
+    from capture.store.target import check_target
+
+    if out is not None:
+        check_format(check_target(out, inputs))
+    comparison = compare_runs(
+        inputs,
+        group_by.split(","),
+        align=align,
+        parts=parts.split(","),
+        level=level,
+        seed=seed,
+        threshold=interpolates_below,
+    )
+    if out is not None:
+        write_comparison(comparison, out)
+    _print(comparison_text(comparison))
+    if out is not None:
+        rows = sum(len(block.rows) for block in comparison.blocks)
+        click.echo(f"{counted(rows)} in {out}", err=True)
 
 
 @contextmanager

@@ -16,6 +16,12 @@ MOMENTS = ("ge", "gg", "ee", "g2e2", "gw", "we", "ww")
 GEOMETRY = ("ge", "gg", "ee")
 WITHOUT_GRADIENT = ("ee", "we", "ww")
 
+# What is left to sum where the rest is known: for another gradient at the same w and w*, for the
+# same gradient against another w*, and for both.
+NEXT_GRADIENT = ("ge", "gg", "g2e2", "gw")
+NEXT_REFERENCE = ("ge", "ee", "g2e2", "we")
+NEXT_BOTH = ("ge", "g2e2")
+
 
 @dataclass(frozen=True)
 class StreamMoments:

@@ -26,8 +26,9 @@ from analyze.groups import Grouping, group_tensors, name_of
 from analyze.measure import Measure
 from analyze.metadata import flaw, printable
 from analyze.moment_table import MOMENTS, Moments, StreamMoments
-from analyze.quantities import QUANTITIES, SIGN, sum_groups
+from analyze.quantities import QUANTITIES, SIGN
 from analyze.references import parse_reference
+from analyze.sums import sum_groups
 from analyze.tensor_file import open_regular
 from capture.store.errors import InputError
 from capture.store.files import write_durably

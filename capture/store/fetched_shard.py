@@ -44,7 +44,7 @@ class FetchedShard(Shard):
 
     What `chunk` gives was verified when it arrived, and is the caller's alone: asked again, it is
     fetched again. Held here are only chunks that were asked for ahead, until they are used, and
-    the rest of a small shard. `chunk` may be called by several threads.
+    the rest where it came along, until it is verified. Several threads may call `chunk`.
     """
 
     def __init__(self, stream: Stream, commit: Commit, relative: str) -> None:
@@ -55,6 +55,7 @@ class FetchedShard(Shard):
         self._asked_rest: Future[tuple[bytes, bytes]] | None = None
         self._window: _Window | None = None
         self._sound: set[int] = set()
+        self._rest_is_sound = False
         self._rest: tuple[bytes, bytes] | None = None
         beside = commit.size - stream.layout.value_bytes
         self._is_compact = stream.grid.num_chunks == 1 and beside <= COMPACT_REST_BYTES
@@ -80,14 +81,16 @@ class FetchedShard(Shard):
 
     def verify_rest(self) -> None:
         """Fetch header, buffers and index, unless they came before: then they were verified."""
-        self.read_rest()
+        if not self._rest_is_sound:
+            self.read_rest()
+        self._rest = None
 
     def read_rest(self) -> tuple[bytes, bytes]:
         """Give the header, and what follows the chunks (buffers, then index), verified."""
         asked, self._asked_rest = self._asked_rest, None
-        if asked is not None:
-            return asked.result()
-        return self._rest or self._fetch_rest()
+        found = self._rest or (self._fetch_rest() if asked is None else asked.result())
+        self._rest_is_sound = True
+        return found
 
     def ask(self, chunk: int, window: _Window) -> None:
         """Send for a chunk that is going to be used; with the first one for the rest as well.
@@ -96,7 +99,7 @@ class FetchedShard(Shard):
         """
         self._window = window
         self._asked[chunk] = _pool().submit(self._fetch_chunk, chunk)
-        if chunk == 0 and not self._is_compact:
+        if chunk == 0 and not (self._is_compact or self._rest_is_sound):
             self._asked_rest = _pool().submit(self._fetch_rest)
 
     def close(self) -> None:

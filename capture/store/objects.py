@@ -109,6 +109,15 @@ class ObjectPath:
         """Whether this lies on a web server, which neither lists nor takes anything."""
         return self.root.partition("://")[0] in READ_ONLY
 
+    def require_writable(self) -> None:
+        """`UsageError` where this can only be read."""
+        if self.is_read_only:
+            raise UsageError(
+                "a run on a web server can only be read",
+                where=self,
+                fix="write to a path, or to an address with s3://, gs:// or az://",
+            )
+
     def exists(self) -> bool:
         """Whether an object or a folder is here."""
         return self._is_object() or self.is_dir()
@@ -184,6 +193,7 @@ class ObjectPath:
         With `mode` as in obstore, `obstore.exceptions` of a condition that does not hold are
         raised as they are.
         """
+        self.require_writable()
         view = memoryview(data).cast("B")
         with _writing(self):
             done = self.store.put(
@@ -198,6 +208,7 @@ class ObjectPath:
 
     def remove(self) -> None:
         """Remove the object and all that lies below, if there is any; the run's root first."""
+        self.require_writable()
         keys = [place.key for place, _ in self.below()]
         with _writing(self):
             for key in [*([self.key] if self.key else []), *sorted(keys, key=_depth)]:
@@ -218,9 +229,9 @@ class ObjectPath:
     def _require_listing(self) -> None:
         if self.is_read_only:
             raise InputError(
-                "a web server does not list what it has, as is needed for a run that has not ended",
+                "this needs a list of files, which a web server does not give",
                 where=self,
-                fix="give a finished run, or copy this one to a disk",
+                fix="give a run that has ended, or copy it to a disk",
             )
 
     def _is_object(self) -> bool:

@@ -30,6 +30,8 @@ class Shard(ABC):
     names stream, row, batch and file.
     """
 
+    _WRONG_REST = "header, buffers or index do not match their committed checksum"
+
     def __init__(self, stream: Stream, commit: Commit, relative: str) -> None:
         self.stream = stream
         self.commit = commit
@@ -91,8 +93,6 @@ class Shard(ABC):
 
     def _wrong_chunk(self, chunk: int) -> str:
         return f"inner chunk {chunk} does not match its committed checksum"
-
-    _WRONG_REST = "header, buffers or index do not match their committed checksum"
 
     def _damaged(self, what: str, fix: str = RESTORE) -> DamagedError:
         batch = "" if self.commit.batch is None else f", batch {self.commit.batch}"

@@ -43,12 +43,8 @@ def place_of(address: str | os.PathLike[str]) -> Place:
 def target_of(address: str | os.PathLike[str]) -> Place:
     """Return the place of a run that is to be written; `UsageError` where none can be."""
     place = place_of(address)
-    if isinstance(place, ObjectPath) and place.is_read_only:
-        raise UsageError(
-            "a run on a web server can only be read",
-            where=place,
-            fix="write to a path, or to an address with s3://, gs:// or az://",
-        )
+    if isinstance(place, ObjectPath):
+        place.require_writable()
     return place
 
 
@@ -119,5 +115,7 @@ def take_lock(path: Place) -> Lock:
 
 
 def is_locked(path: Place) -> bool:
-    """Whether a process has the one-writer lock."""
-    return is_held(path) if isinstance(path, ObjectPath) else files.is_locked(path)
+    """Whether a process has the one-writer lock; behind a web server nobody can tell."""
+    if isinstance(path, ObjectPath):
+        return not path.is_read_only and is_held(path)
+    return files.is_locked(path)

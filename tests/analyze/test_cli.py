@@ -82,7 +82,7 @@ def test_references_streams_and_groups_are_chosen(folder: Path) -> None:
     assert done.stdout.count("minibatch  early") == 4
 
 
-@pytest.mark.parametrize("command", ["compute", "report"])
+@pytest.mark.parametrize("command", ["compute", "report", "schedule"])
 def test_the_example_of_each_command_runs(folder: Path, command: str) -> None:
     example = main.commands[command].example  # type: ignore[attr-defined]
     words = shlex.split(example.replace("\\\n", " "))
@@ -146,7 +146,7 @@ def test_what_a_user_can_do_wrong(
     assert not Path("t.parquet").exists()
 
 
-@pytest.mark.parametrize("command", ["compute", "report"])
+@pytest.mark.parametrize("command", ["compute", "report", "schedule"])
 @pytest.mark.parametrize(
     ("out", "words"),
     [
@@ -312,8 +312,9 @@ def test_an_old_table_is_overwritten(folder: Path) -> None:
     assert pq.read_table("t.parquet").num_rows == 33
 
 
-def test_the_choices_of_by_are_all_groupings() -> None:
-    option = next(p for p in main.commands["compute"].params if p.name == "by")
+@pytest.mark.parametrize("command", ["compute", "schedule"])
+def test_the_choices_of_by_are_all_groupings(command: str) -> None:
+    option = next(p for p in main.commands[command].params if p.name == "by")
     assert list(option.type.choices) == list(GROUPINGS)  # type: ignore[attr-defined]
 
 
