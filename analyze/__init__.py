@@ -12,14 +12,19 @@ if TYPE_CHECKING:
     from analyze.compare import compare_runs
     from analyze.comparison import write_comparison
     from analyze.compute import compute_moments
+    from analyze.projection import Projection, project_run
     from analyze.report import write_report
     from analyze.schedule import schedule_run, write_schedule
+    from analyze.schedulers import Cluster
     from analyze.tables import measure_run, read_table, write_table
 
 __all__ = [
+    "Cluster",
+    "Projection",
     "compare_runs",
     "compute_moments",
     "measure_run",
+    "project_run",
     "read_table",
     "schedule_run",
     "write_comparison",
@@ -29,9 +34,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Cluster": "schedulers",
+    "Projection": "projection",
     "compare_runs": "compare",
     "compute_moments": "compute",
     "measure_run": "tables",
+    "project_run": "projection",
     "read_table": "tables",
     "schedule_run": "schedule",
     "write_comparison": "comparison",

@@ -190,7 +190,7 @@ def _columns(lines: Sequence[bytes]) -> list[NDArray[Any]]:
 
 def _integers(values: list[Any]) -> NDArray[np.int64]:
     array = np.array(values)
-    if array.dtype != np.int64:
+    if array.dtype != np.int64 or array.ndim != 1:
         raise ValueError("no integers of 64 bits")
     return array
 
