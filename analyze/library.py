@@ -1,0 +1,82 @@
+"""Measure a run in one call: as a table, as a Dataset of one stream, as a tree of all streams."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import pyarrow as pa
+import xarray as xr
+
+from analyze.dataset import to_dataset, to_tree
+from analyze.tables import measure_run
+from capture.store.reader import Run
+from capture.streams import MINIBATCH
+
+RunLike = str | os.PathLike[str] | Run
+
+
+def measure_table(
+    run: RunLike,
+    reference: str | Sequence[str] = "final",
+    *,
+    stream: str | Sequence[str] | None = None,
+    by: str = "model",
+    scheduler: str = "threads",
+    workers: int | None = None,
+) -> pa.Table:
+    """Measure a run into a table, one row per stream, step, batch, group and reference.
+
+    `run` is a path, an address, or what `open_run` gave. `reference` and `stream` are one or
+    several; without `stream`, all that have rows. Columns, errors, scheduler and workers are those
+    of `measure_run`; ``.to_pandas()`` makes it a DataFrame.
+    """
+    path = str(run.path) if isinstance(run, Run) else os.fspath(run)
+    measured = measure_run(
+        path,
+        _listed(reference),
+        streams=_listed(stream),
+        by=[by],
+        scheduler=scheduler,
+        workers=workers,
+    )
+    (table,) = measured.values()
+    return table
+
+
+def measure_dataset(
+    run: RunLike,
+    reference: str | Sequence[str] = "final",
+    *,
+    stream: str = MINIBATCH,
+    by: str = "model",
+    scheduler: str = "threads",
+    workers: int | None = None,
+) -> xr.Dataset:
+    """Measure one stream of a run into a Dataset ``(step[, batch], group, reference)``.
+
+    As `to_dataset` of `measure_table`; `run` is a coordinate without an axis.
+    """
+    table = measure_table(
+        run, reference, stream=stream, by=by, scheduler=scheduler, workers=workers
+    )
+    return to_dataset(table).squeeze("run")
+
+
+def measure_tree(
+    run: RunLike,
+    reference: str | Sequence[str] = "final",
+    *,
+    stream: str | Sequence[str] | None = None,
+    by: str = "model",
+    scheduler: str = "threads",
+    workers: int | None = None,
+) -> xr.DataTree:
+    """Measure streams of a run into a tree with a Dataset ``(run, step[, batch], …)`` for each."""
+    return to_tree(
+        measure_table(run, reference, stream=stream, by=by, scheduler=scheduler, workers=workers)
+    )
+
+
+def _listed(names: str | Sequence[str] | None) -> Sequence[str]:
+    return [names] if isinstance(names, str) else names or ()
