@@ -127,6 +127,7 @@ def math(formula: str) -> str:
     """Write a formula of the project's notation in LaTeX, without the dollars around it."""
     # w* and η* carry their star as an index.
     formula = re.sub(r"(?<=[wη])\*", "^*", formula)
+    formula = re.sub("[A-Z]{2,}", lambda word: rf"\mathrm{{{word[0]}}}", formula)
     written = "".join(_MATH.get(letter, _in_math(letter)) for letter in formula)
     return re.sub(r" +(?=[ ^_]|$)", "", written)
 

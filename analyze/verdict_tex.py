@@ -39,6 +39,7 @@ def _table(found: Verdict, place: int) -> str:
         r"  \setlength{\tabcolsep}{3pt}",
         rf"  \caption{{{' '.join(_caption(found))}}}",
         rf"  \label{{{_label(found, place)}}}",
+        r"  \smallskip",
         r"  \begin{tabular}{llrlllll}",
         r"    \toprule",
         f"    {_row(tuple(_head(title) for title in _HEAD))}",
