@@ -38,26 +38,28 @@ __all__ = [
 ]
 
 _HOMES = {
-    "compute_moments": "analyze.compute",
-    "describe_methods": "analyze.methods",
-    "export_inputs": "analyze.export",
-    "export_table": "analyze.export",
-    "measure_dataset": "analyze.library",
-    "measure_run": "analyze.tables",
-    "measure_table": "analyze.library",
-    "measure_tree": "analyze.library",
+    "compute_moments": "compute",
+    "describe_methods": "methods",
+    "export_inputs": "export",
+    "export_table": "export",
+    "measure_dataset": "library",
+    "measure_run": "tables",
+    "measure_table": "library",
+    "measure_tree": "library",
     "open_run": "capture.store",
-    "read_table": "analyze.tables",
-    "to_dataset": "analyze.dataset",
-    "to_table": "analyze.dataset",
-    "to_tree": "analyze.dataset",
-    "write_methods": "analyze.methods",
-    "write_report": "analyze.report",
-    "write_table": "analyze.tables",
+    "read_table": "tables",
+    "to_dataset": "dataset",
+    "to_table": "dataset",
+    "to_tree": "dataset",
+    "write_methods": "methods",
+    "write_report": "report",
+    "write_table": "tables",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    home = _HOMES[name]
+    module = home if home.startswith("capture.") else f"{__name__}.{home}"
+    return getattr(import_module(module), name)

@@ -106,7 +106,9 @@ _ACCENTS: Mapping[str, str] = {
     "\u0327": "c",
 }
 # Symbols of the notation as they stand in sentences: w_0, w_T, w*, ‖w_0‖, e_t, a_t, γ⁰.
-_NOTATION = re.compile(r"‖?\b[weguma]_(?:\{[^{}]*\}|\w)(?![\w/.])‖?|\bw\*|⟨[^⟩]*⟩|[γηλ][⁰*]?")
+_NOTATION = re.compile(
+    r"‖?\b[weguma]_(?:\{[^{}]*\}|[stNT0])(?!\w|/|\.\w)‖?|\bw\*|⟨[^⟩]*⟩|[γηλ][⁰*]?"
+)
 
 
 def escape(text: str) -> str:
