@@ -143,11 +143,11 @@ def report(
     ".parquet, .nc, .zarr or .tex.",
 )
 def export(inputs: tuple[str, ...], out: str) -> None:
-    """Write the table for other programs: CSV, Parquet, NetCDF, Zarr, LaTeX.
+    """Write a table for other programs and for papers.
 
     A TABLE is what `analyze compute` wrote; a RUN is measured against final, as a whole and by
-    layer. CSV has floats in full, and nothing where they are NaN. NetCDF and Zarr have a group
-    for each stream. LaTeX has the numbers of the verdict.
+    layer. CSV has every float in full, an empty field where it is NaN, and no units. NetCDF and
+    Zarr have a group for each stream; LaTeX has the numbers of the verdict.
     """
     from analyze.export import export_inputs
 
@@ -158,7 +158,7 @@ def export(inputs: tuple[str, ...], out: str) -> None:
 @click.argument("inputs", nargs=-1, required=True, metavar="RUN|TABLE…", type=click.Path())
 @click.option("--out", type=click.Path(), help="File to write too, .md or .tex.")
 def methods(inputs: tuple[str, ...], out: str | None) -> None:
-    """Print a methods paragraph for a paper, made of what the runs hold.
+    """Print a methods paragraph, made of what runs hold.
 
     Definitions, reference, seeds, optimizer, clipping, mode of BatchNorm, null and versions; what
     is not recorded is said to be so. A TABLE of `analyze compute` holds less than its RUN.

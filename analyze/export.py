@@ -128,10 +128,10 @@ def _write_zarr(table: pa.Table, target: Path) -> None:
             tree.to_zarr(new, mode="w", zarr_format=3, consolidated=False)
             _sync(new)
             _swap(new, target, old)
-    except BaseException:
+    finally:
         remove(new)
-        raise
-    remove(old)
+        if target.exists():
+            remove(old)
 
 
 def _swap(new: Path, target: Path, old: Path) -> None:

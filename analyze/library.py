@@ -72,10 +72,17 @@ def measure_tree(
     scheduler: str = "threads",
     workers: int | None = None,
 ) -> xr.DataTree:
-    """Measure streams of a run into a tree with a Dataset ``(run, step[, batch], …)`` for each."""
-    return to_tree(
-        measure_table(run, reference, stream=stream, by=by, scheduler=scheduler, workers=workers)
+    """Measure streams of a run into a tree with a Dataset for each, as `measure_dataset` makes it.
+
+    Without `stream`, all that have rows.
+    """
+    table = measure_table(
+        run, reference, stream=stream, by=by, scheduler=scheduler, workers=workers
     )
+    tree = to_tree(table)
+    for child in tree.children.values():
+        child.dataset = child.to_dataset().squeeze("run")
+    return tree
 
 
 def _listed(names: str | Sequence[str] | None) -> Sequence[str]:

@@ -130,6 +130,9 @@ def test_a_table_comes_back_as_it_was(table: pa.Table, run: Path) -> None:
     assert same(back, table)
     assert back.schema.metadata[METADATA_KEY] == table.schema.metadata[METADATA_KEY]
     assert all(back.schema.field(f.name).metadata == f.metadata for f in table.schema)
+    tree = measure_tree(run, ["final", "step:3"], by="layer")
+    assert tree["fixed"].dataset["cosine"].dims == ("step", "batch", "group", "reference")
+    assert same(to_table(tree), table)
     one = measure_table(run, stream="weights")
     assert same(to_table(to_dataset(one)), one)
 
