@@ -214,6 +214,7 @@ def test_an_earlier_export_is_replaced(table: pa.Table, tmp_path: Path, suffix: 
         ("out", "a name without a suffix: out; end it in"),
         ("folder.csv", "this is a folder"),
         ("folder.zarr", "there is another folder"),
+        ("group.zarr", "there is another folder"),
         ("file.zarr", "a file is in the way"),
         ("link.zarr", "a file is in the way"),
         ("runs/first.zarr", "this is a run"),
@@ -230,6 +231,7 @@ def test_a_place_that_may_not_be_written_is_refused_first(
     for name in ("folder.csv", "folder.zarr"):
         Path(name).mkdir()
         Path(name, "mine.txt").write_text("mine")
+    zarr.create_group("group.zarr")
     Path("file.zarr").write_text("mine")
     Path("link.zarr").symlink_to("folder.zarr")
     before = contents(folder)
