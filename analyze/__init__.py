@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from analyze.library import measure_dataset, measure_table, measure_tree
     from analyze.methods import describe_methods, write_methods
     from analyze.report import write_report
+    from analyze.schedule import schedule_run, write_schedule
     from analyze.tables import measure_run, read_table, write_table
     from capture.store import open_run
 
@@ -29,11 +30,13 @@ __all__ = [
     "measure_tree",
     "open_run",
     "read_table",
+    "schedule_run",
     "to_dataset",
     "to_table",
     "to_tree",
     "write_methods",
     "write_report",
+    "write_schedule",
     "write_table",
 ]
 
@@ -48,11 +51,13 @@ _HOMES = {
     "measure_tree": "library",
     "open_run": "capture.store",
     "read_table": "tables",
+    "schedule_run": "schedule",
     "to_dataset": "dataset",
     "to_table": "dataset",
     "to_tree": "dataset",
     "write_methods": "methods",
     "write_report": "report",
+    "write_schedule": "schedule",
     "write_table": "tables",
 }
 

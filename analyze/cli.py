@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import signal
@@ -10,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -23,6 +24,7 @@ from capture.command_line import Group
 @click.pass_context
 def main(context: click.Context) -> None:
     """Measure recorded runs, as often as you like. (Record them first with `capture`.)"""
+    logging.basicConfig(format="warning: %(message)s")
     context.with_resource(_terminable())
 
 
@@ -47,9 +49,17 @@ def main(context: click.Context) -> None:
 )
 @click.option(
     "--by",
-    type=click.Choice(["model", "layer", "tensor"]),
+    type=click.Choice(["model", "layer", "tensor", "kind"]),
     default="model",
     help="The tensors that are summed over. Default: model, all of them.",
+)
+@click.option(
+    "--group",
+    "patterns",
+    multiple=True,
+    metavar="LABEL=REGEX",
+    help="Instead of --by: sum over the tensors in whose names REGEX is found, may be repeated; "
+    "the first that fits counts, and what fits none is the group rest.",
 )
 @click.option(
     "--scheduler",
@@ -57,29 +67,42 @@ def main(context: click.Context) -> None:
     help="threads, or the tcp:// or tls:// address of a Dask scheduler. Default: threads.",
 )
 @click.option("--workers", type=int, help="Number of threads. Default: one per processor.")
+@click.option(
+    "--cache",
+    type=click.Path(),
+    help="Folder for the moments that were summed before. Default: NAME.moments beside the run.",
+)
+@click.option("--no-cache", is_flag=True, help="Sum again, and keep nothing.")
 @click.option("--out", type=click.Path(), required=True, help="Parquet file to write.")
 def compute(
     runs: tuple[str, ...],
     references: tuple[str, ...],
     streams: tuple[str, ...],
     by: str,
+    patterns: tuple[str, ...],
     scheduler: str,
     workers: int | None,
+    cache: str | None,
+    no_cache: bool,
     out: str,
 ) -> None:
     """Measure runs into a table, and print the verdict.
 
     RUN is a folder that `capture train --out` or a Recorder wrote. The table has one row per run,
     stream, step, batch, group of tensors and reference. Every byte that leads to a number is
-    verified.
+    verified when it is first read; what was summed from it is kept, so that the next question
+    about the same gradients and references reads none of them again.
     """
+    from analyze.groups import name_of, parse_groups
     from analyze.tables import concatenate, measure_run, write_table
     from analyze.verdict import counted, verdict
     from capture.store.target import check_target
 
     files = [text.removeprefix("file:") for text in references if text.startswith("file:")]
     check_target(out, [*runs, *files])
-    groupings = list(dict.fromkeys(["model", by]))
+    chosen: Any = parse_groups(patterns) if patterns else by
+    groupings = ["model"] if chosen == "model" else ["model", chosen]
+    place = False if no_cache else True if cache is None else cache
     measured = []
     for run in dict.fromkeys(runs):
         with _progress(run) as show:
@@ -91,14 +114,90 @@ def compute(
                 scheduler=scheduler,
                 workers=workers,
                 progress=show,
+                cache=place,
             )
         measured.append(tables)
-    table = concatenate([tables[by] for tables in measured])
+    table = concatenate([tables[name_of(chosen)] for tables in measured])
     write_table(table, out)
     _print(verdict(concatenate([tables["model"] for tables in measured])))
     click.echo(f"{counted(table.num_rows)} in {out}; next:", err=True)
     page = shlex.quote(f"{out.removesuffix('.parquet')}.html")
     click.echo(f"  analyze report {shlex.quote(out)} --out {page}", err=True)
+
+
+@main.command(example="analyze schedule runs/first.zarr --out runs/rate.csv")
+@click.argument("run", metavar="RUN", type=click.Path())
+@click.option(
+    "--reference",
+    default="final",
+    help="The point w* to be reached: final, step:N, mean:K, run:PATH[@STEP] or file:PATH. "
+    "Default: final.",
+)
+@click.option(
+    "--from",
+    "source",
+    type=click.Choice(["updates", "minibatch"]),
+    help="Where the rate comes from; minibatch is for plain SGD. Default: updates where recorded.",
+)
+@click.option(
+    "--smooth",
+    type=int,
+    help="Saved steps in a window, an odd number. Default: a tenth of them, at least 5.",
+)
+@click.option(
+    "--factor", type=float, default=1.0, help="Multiply the rate, below 1 to damp it. Default: 1."
+)
+@click.option(
+    "--by",
+    type=click.Choice(["model", "layer", "tensor", "kind"]),
+    default="layer",
+    help="The tensors that share a row of the verdict. Default: layer.",
+)
+@click.option(
+    "--cache",
+    type=click.Path(),
+    help="Folder for the moments that were summed before. Default: NAME.moments beside the run.",
+)
+@click.option("--no-cache", is_flag=True, help="Sum again, and keep nothing.")
+@click.option("--out", type=click.Path(), required=True, help="CSV file to write.")
+def schedule(
+    run: str,
+    reference: str,
+    source: str | None,
+    smooth: int | None,
+    factor: float,
+    by: str,
+    cache: str | None,
+    no_cache: bool,
+    out: str,
+) -> None:
+    """Write the locally optimal learning rate, for a fresh training.
+
+    RUN is a recorded run. The file has one row per saved step: η · lolr_update, the rate at which
+    the step really taken would have ended nearest w*; with plain SGD it is η*. A window of steps
+    shares the rate that is best for all of them. `capture train --lr-schedule FILE` follows it.
+
+    Printed is how η compares with η*, and η* with that of orthogonal gradients.
+    """
+    from analyze.schedule import schedule_run, write_schedule
+    from capture.store.target import check_target
+
+    check_target(out, [reference.removeprefix("file:")] if reference.startswith("file:") else [])
+    with _progress(run) as show:
+        found, verdict = schedule_run(
+            run,
+            reference,
+            source=source,
+            smooth=smooth,
+            factor=factor,
+            by=by,
+            progress=show,
+            cache=False if no_cache else True if cache is None else cache,
+        )
+    write_schedule(found, out)
+    _print(f"{verdict}\n\n{found.describe()}")
+    click.echo(f"{len(found.steps)} rates in {out}; next:", err=True)
+    click.echo(f"  capture train … --lr-schedule {shlex.quote(out)}", err=True)
 
 
 @main.command(example="analyze report runs/first.zarr --out runs/first.html")

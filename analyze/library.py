@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import pyarrow as pa
 import xarray as xr
 
+from analyze.cache import Where
 from analyze.dataset import to_dataset, to_tree
+from analyze.groups import Grouping
 from analyze.tables import measure_run
 from capture.store.reader import Run
 from capture.streams import MINIBATCH
@@ -21,15 +23,17 @@ def measure_table(
     reference: str | Sequence[str] = "final",
     *,
     stream: str | Sequence[str] | None = None,
-    by: str = "model",
+    by: Grouping = "model",
     scheduler: str = "threads",
     workers: int | None = None,
+    cache: Where = True,
 ) -> pa.Table:
     """Measure a run into a table, one row per stream, step, batch, group and reference.
 
     `run` is a path, an address, or what `open_run` gave. `reference` and `stream` are one or
-    several; without `stream`, all that have rows. Columns, errors, scheduler and workers are those
-    of `measure_run`; ``.to_pandas()`` makes it a DataFrame.
+    several; without `stream`, all that have rows. `by` is one grouping: a name, or regular
+    expressions by label. Columns, errors, scheduler, workers and cache are those of `measure_run`;
+    ``.to_pandas()`` makes it a DataFrame.
     """
     path = str(run.path) if isinstance(run, Run) else os.fspath(run)
     measured = measure_run(
@@ -39,6 +43,7 @@ def measure_table(
         by=[by],
         scheduler=scheduler,
         workers=workers,
+        cache=cache,
     )
     (table,) = measured.values()
     return table
@@ -49,16 +54,17 @@ def measure_dataset(
     reference: str | Sequence[str] = "final",
     *,
     stream: str = MINIBATCH,
-    by: str = "model",
+    by: Grouping = "model",
     scheduler: str = "threads",
     workers: int | None = None,
+    cache: Where = True,
 ) -> xr.Dataset:
     """Measure one stream of a run into a Dataset ``(step[, batch], group, reference)``.
 
     As `to_dataset` of `measure_table`; `run` is a coordinate without an axis.
     """
     table = measure_table(
-        run, reference, stream=stream, by=by, scheduler=scheduler, workers=workers
+        run, reference, stream=stream, by=by, scheduler=scheduler, workers=workers, cache=cache
     )
     return to_dataset(table).squeeze("run")
 
@@ -68,16 +74,17 @@ def measure_tree(
     reference: str | Sequence[str] = "final",
     *,
     stream: str | Sequence[str] | None = None,
-    by: str = "model",
+    by: Grouping = "model",
     scheduler: str = "threads",
     workers: int | None = None,
+    cache: Where = True,
 ) -> xr.DataTree:
     """Measure streams of a run into a tree with a Dataset for each, as `measure_dataset` makes it.
 
     Without `stream`, all that have rows.
     """
     table = measure_table(
-        run, reference, stream=stream, by=by, scheduler=scheduler, workers=workers
+        run, reference, stream=stream, by=by, scheduler=scheduler, workers=workers, cache=cache
     )
     tree = to_tree(table)
     for child in tree.children.values():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import capture
+from analyze.groups import CUSTOM
 from analyze.marked import code, markdown, math, tex
 from analyze.provenance import Provenance, read_provenance
 from analyze.quantities import QUANTITIES
@@ -28,6 +29,8 @@ _REPORTED = {
     "cosine": ("γ", "their ratio, the cosine"),
     "lolr": ("η*", "the locally optimal learning rate"),
 }
+# How sums were made where the name of the grouping does not say it.
+_GROUPS = {"model": "over the whole model", CUSTOM: "by groups of tensors chosen by name"}
 
 Paragraphs = Sequence[tuple[str, str]]
 
@@ -109,7 +112,7 @@ def _definitions(runs: Sequence[Provenance]) -> Iterator[str]:
             f"the place of {math('γ')}."
         )
     groups = dict.fromkeys(kind for run in runs for kind in run.grouping)
-    made = " and ".join("over the whole model" if k == "model" else f"by {k}" for k in groups)
+    made = " and ".join(_GROUPS.get(kind, f"by {kind}") for kind in groups)
     yield (
         f"Sums over coordinates were made{made and f' {made}'} in float64 from the stored values; "
         "a ratio whose denominator is 0 is undefined and was left out."

@@ -129,6 +129,15 @@ def counted(rows: int) -> str:
     return f"{rows} row" if rows == 1 else f"{rows} rows"
 
 
+def band_of(values: Values) -> Band:
+    """Summarise the finite ones among `values` ``[n]``."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return Band(math.nan, math.nan, math.nan)
+    low, high = np.quantile(values, [0.1, 0.9])
+    return Band(float(np.median(values)), float(low), float(high))
+
+
 def _numbers(
     rows: pa.Table, entry: Mapping[str, Any], reference: str, nulls: Mapping[str, str]
 ) -> Verdict:
@@ -168,10 +177,10 @@ def _parts(rows: pa.Table, stream: str, reference: str, final: int) -> Iterator[
             stream=stream,
             name=name,
             n=int(here.sum()),
-            cosine=_band(cosine[here]),
-            null=_band(null[here]).median,
-            ratio=_band(ratio(cosine[here], null[here])),
-            rate_ratio=_band(ratio(rate[here], rate_null[here])),
+            cosine=band_of(cosine[here]),
+            null=band_of(null[here]).median,
+            ratio=band_of(ratio(cosine[here], null[here])),
+            rate_ratio=band_of(ratio(rate[here], rate_null[here])),
             negative=float((cosine[here] < 0).mean()) if here.any() else math.nan,
         )
 
@@ -187,14 +196,6 @@ def _select(table: pa.Table, **wanted: str) -> pa.Table:
     for name, value in wanted.items():
         table = table.filter(pc.equal(table[name], value))
     return table
-
-
-def _band(values: Values) -> Band:
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return Band(math.nan, math.nan, math.nan)
-    low, high = np.quantile(values, [0.1, 0.9])
-    return Band(float(np.median(values)), float(low), float(high))
 
 
 def _text(found: Verdict) -> str:
@@ -253,6 +254,10 @@ def _written(band: Band) -> str:
     if not math.isfinite(band.median):
         return _NONE
     return f"{band.median:.3g} [{band.low:.3g}, {band.high:.3g}]"
+
+
+def _band(values: Values) -> str:
+    return _written(band_of(values))
 
 
 def _aligned(cells: list[tuple[str, ...]]) -> list[str]:

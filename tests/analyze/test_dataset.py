@@ -196,6 +196,8 @@ def test_one_name_or_several_may_be_given(run: Path) -> None:
     assert one.equals(several) or same(one, several)
     assert one["stream"].unique().to_pylist() == ["fixed"]
     assert one["group"].unique().to_pylist() == list(TABLE.names)
+    custom = measure_table(run, by={"matrices": "weight$"}, cache=False)
+    assert custom["group"].unique().to_pylist() == ["matrices", "rest"]
     assert measure_table(run)["stream"].unique().to_pylist() == ["fixed", "minibatch", "updates"]
 
 
