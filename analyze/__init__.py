@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from analyze.compare import compare_runs
+    from analyze.comparison import write_comparison
     from analyze.compute import compute_moments
     from analyze.dataset import to_dataset, to_table, to_tree
     from analyze.export import export_inputs, export_table
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from capture.store import open_run
 
 __all__ = [
+    "compare_runs",
     "compute_moments",
     "describe_methods",
     "export_inputs",
@@ -34,6 +37,7 @@ __all__ = [
     "to_dataset",
     "to_table",
     "to_tree",
+    "write_comparison",
     "write_methods",
     "write_report",
     "write_schedule",
@@ -41,6 +45,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "compare_runs": "compare",
     "compute_moments": "compute",
     "describe_methods": "methods",
     "export_inputs": "export",
@@ -55,6 +60,7 @@ _HOMES = {
     "to_dataset": "dataset",
     "to_table": "dataset",
     "to_tree": "dataset",
+    "write_comparison": "comparison",
     "write_methods": "methods",
     "write_report": "report",
     "write_schedule": "schedule",

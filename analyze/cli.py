@@ -232,6 +232,79 @@ def report(
         click.echo(str(path), err=True)
 
 
+@main.command(
+    example="analyze compare runs/first.zarr runs/second.zarr --group-by optimizer,lr \\\n"
+    "  --out runs/compare.csv"
+)
+@click.argument("inputs", nargs=-1, required=True, metavar="RUN|TABLE…", type=click.Path())
+@click.option(
+    "--group-by",
+    required=True,
+    metavar="KEYS",
+    help="Settings that make a group, with commas between: optimizer, lr, batch_size, model, seed "
+    "or any other key of the configuration, task_args.KEY too; or run.",
+)
+@click.option(
+    "--align",
+    default="both",
+    help="Compare at equal steps, at equal epochs, or both. Default: both.",
+)
+@click.option(
+    "--parts",
+    default="early,middle,late",
+    help="Parts of the way to w*, of early, middle, late, all (the three as one) and after (what "
+    "follows w_N). Default: early,middle,late.",
+)
+@click.option("--level", type=float, default=0.95, help="Level of the intervals. Default: 0.95.")
+@click.option("--seed", type=int, default=0, help="Seed of the bootstrap. Default: 0.")
+@click.option(
+    "--interpolates-below",
+    type=float,
+    default=0.01,
+    help="Share of their values at w_0 below which loss and gradients at w_T count as "
+    "interpolation. Default: 0.01.",
+)
+@click.option("--out", type=click.Path(), help="Table to write, .parquet or .csv.")
+def compare(
+    inputs: tuple[str, ...],
+    group_by: str,
+    align: str,
+    parts: str,
+    level: float,
+    seed: int,
+    interpolates_below: float,
+    out: str | None,
+) -> None:
+    """Compare groups of runs, with intervals.
+
+    A TABLE is what `analyze compute` wrote; a RUN is measured against final. Runs of one group
+    should differ in their seeds only; what else differs is said. The table has one row per number.
+    """
+    from analyze.compare import compare_runs
+    from analyze.comparison import check_format, write_comparison
+    from analyze.comparison_text import comparison_text
+    from analyze.verdict import counted
+    from capture.store.target import check_target
+
+    if out is not None:
+        check_format(check_target(out, inputs))
+    comparison = compare_runs(
+        inputs,
+        group_by.split(","),
+        align=align,
+        parts=parts.split(","),
+        level=level,
+        seed=seed,
+        threshold=interpolates_below,
+    )
+    if out is not None:
+        write_comparison(comparison, out)
+    _print(comparison_text(comparison))
+    if out is not None:
+        rows = sum(len(block.rows) for block in comparison.blocks)
+        click.echo(f"{counted(rows)} in {out}", err=True)
+
+
 @main.command(example="analyze export runs/first.zarr --out runs/first.csv")
 @click.argument("inputs", nargs=-1, required=True, metavar="RUN|TABLE…", type=click.Path())
 @click.option(
