@@ -330,6 +330,42 @@ def compare(
         click.echo(f"{counted(rows)} in {out}", err=True)
 
 
+@main.command(example="analyze export runs/first.zarr --out runs/first.csv")
+@click.argument("inputs", nargs=-1, required=True, metavar="RUN|TABLE…", type=click.Path())
+@click.option(
+    "--out",
+    type=click.Path(),
+    required=True,
+    help="File to write, or the folder of a Zarr store; its suffix names the format: .csv, "
+    ".parquet, .nc, .zarr or .tex.",
+)
+def export(inputs: tuple[str, ...], out: str) -> None:
+    """Write a table for other programs and for papers.
+
+    A TABLE is what `analyze compute` wrote; a RUN is measured against final, as a whole and by
+    layer. CSV has every float in full, an empty field where it is NaN, and no units. NetCDF and
+    Zarr have a group for each stream; LaTeX has the numbers of the verdict.
+    """
+    from analyze.export import export_inputs
+
+    click.echo(str(export_inputs(inputs, out)), err=True)
+
+
+@main.command(example="analyze methods runs/first.zarr --out runs/methods.tex")
+@click.argument("inputs", nargs=-1, required=True, metavar="RUN|TABLE…", type=click.Path())
+@click.option("--out", type=click.Path(), help="File to write too, .md or .tex.")
+def methods(inputs: tuple[str, ...], out: str | None) -> None:
+    """Print a methods paragraph, made of what runs hold.
+
+    Definitions, reference, seeds, optimizer, clipping, mode of BatchNorm, null and versions; what
+    is not recorded is said to be so. A TABLE of `analyze compute` holds less than its RUN.
+    """
+    from analyze.methods import describe_methods, write_methods
+
+    text = describe_methods(inputs) if out is None else write_methods(inputs, out)
+    _print(text.rstrip("\n"))
+
+
 @contextmanager
 def _terminable() -> Iterator[None]:
     """End on SIGTERM with one line and exit code 143, so that nothing half-made stays behind."""

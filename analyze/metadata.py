@@ -16,6 +16,9 @@ _OPTIONAL: Mapping[str, type] = {
     "config": dict,
     "seeds": dict,
     "versions": dict,
+    "data": dict,
+    "schedules": dict,
+    "parent": dict,
     "git_commit": str,
     "weight_decay": str,
 }

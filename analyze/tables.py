@@ -55,6 +55,11 @@ _KEYS: tuple[tuple[str, Any, str, str], ...] = (
     ("reference", pa.string(), "", "w*, as typed"),
     ("num_parameters", pa.int64(), "", "coordinates in the group"),
 )
+# What of a run's attributes goes with its table.
+_FACTS = (
+    *("final_step", "optimizer", "config", "seeds", "versions", "git_commit"),
+    *("data", "schedules", "parent"),
+)
 _FROM_SCALARS = ("lr", "clip_factor")
 _LAST: tuple[tuple[str, Any, str, str], ...] = (
     (
@@ -98,8 +103,7 @@ def build(
         pa.chunked_array([block[field.name] for block in blocks], type=field.type)
         for field in schema()
     ]
-    facts = ("final_step", "optimizer", "config", "seeds", "versions", "git_commit")
-    entry = {key: run.attributes.get(key) for key in facts}
+    entry = {key: run.attributes.get(key) for key in _FACTS}
     own = {"run": name, "status": run.status, "num_parameters": run.table.num_parameters}
     metadata = {
         "table": TABLE_VERSION,
