@@ -1,7 +1,8 @@
 """The verdict: the few rows that a researcher wants first, as numbers and as plain text.
 
 For each run, reference and stream, of the whole model: the cosine, its null, their ratio and the
-fraction below 0, early, middle and late on the way to w*, with the end effect left out.
+fraction below 0, early, middle and late on the way to w*, with the end effect left out. Intervals
+are within the run, by `analyze.uncertainty`; what holds for other seeds `analyze compare` tells.
 """
 
 from __future__ import annotations
@@ -20,13 +21,21 @@ from numpy.typing import NDArray
 from analyze.quantities import SIGN, Values, ratio
 from analyze.references import end_of_path
 from analyze.tables import read_metadata
+from analyze.uncertainty import Interval, WithinRun, negative_interval, path_interval
 from capture.store.layout import ITERATES
 
 # The last part of the way to w*, where γ tends to its null whatever the landscape.
 END_SHARE = 0.1
 PARTS = ("early", "middle", "late")
 
-_HEAD = ("stream", "part", "n", "γ [10 %, 90 %]", "γ⁰", "γ/γ⁰ [10 %, 90 %]", "γ < 0")
+LEVEL = 0.95
+
+_HEAD = ("stream", "part", "n (eff.)", "γ [95 %]", "γ⁰", "γ/γ⁰ [10 %, 90 %]", "γ < 0 [95 %]")
+_NOTE = (
+    "γ and γ < 0: means of n rows with intervals within this run, by blocks of steps crossed with "
+    "batches; (eff.): how many independent steps they are worth. γ⁰, γ/γ⁰: medians, [10 %, 90 %] "
+    "quantiles of the rows. About other seeds this says nothing: see `analyze compare`."
+)
 _LEFT = {0, 1}
 _NONE = "–"
 _WIDTH = 100
@@ -50,6 +59,7 @@ class Part:
 
     `n` counts the rows whose cosine is defined, and all the rest is over these: the cosine γ that
     is positive towards w*, the median of its null γ⁰, γ/γ⁰, η*/a_t, and the fraction of γ < 0.
+    `mean` and `below` are the mean cosine and that fraction with their intervals within the run.
     """
 
     stream: str
@@ -60,6 +70,8 @@ class Part:
     ratio: Band
     rate_ratio: Band
     negative: float
+    mean: WithinRun
+    below: WithinRun
 
 
 @dataclass(frozen=True)
@@ -104,8 +116,7 @@ def verdict(table: pa.Table) -> str:
     Only rows of the whole model are read.
     """
     found = summarise(table)
-    note = "Numbers are medians of n rows, [10 %, 90 %] their quantiles: no confidence interval."
-    closing = [f"{SIGN}\n{note}"] if any(each.streams for each in found) else []
+    closing = [f"{SIGN}\n{_wrapped(_NOTE)}"] if any(each.streams for each in found) else []
     return "\n\n".join([*map(_text, found), *closing])
 
 
@@ -168,8 +179,11 @@ def _parts(rows: pa.Table, stream: str, reference: str, final: int) -> Iterator[
     cosine, defined = _cosine(rows)
     null, rate, rate_null = (rows[name].to_numpy() for name in ("cosine_null", "lolr", "lolr_null"))
     parts = part_of(rows["step"].to_numpy(), reference, final)
+    batches = max(1, len(rows["batch"].unique()))
     for name in (*PARTS, "after"):
         here = (parts == name) & defined
+        # By step and batch, in the order of the table.
+        all_of_part = cosine[parts == name].reshape(-1, batches)
         # Nothing lies before w_0, and after another w* only what was recorded there.
         if not here.any() and (name not in PARTS or reference == "step:0"):
             continue
@@ -182,6 +196,8 @@ def _parts(rows: pa.Table, stream: str, reference: str, final: int) -> Iterator[
             ratio=band_of(ratio(cosine[here], null[here])),
             rate_ratio=band_of(ratio(rate[here], rate_null[here])),
             negative=float((cosine[here] < 0).mean()) if here.any() else math.nan,
+            mean=path_interval(all_of_part, LEVEL),
+            below=negative_interval(all_of_part, LEVEL),
         )
 
 
@@ -212,17 +228,19 @@ def _text(found: Verdict) -> str:
         if found.streams
         else ["no gradients or updates: see norm_dist in the table"]
     )
-    for note in _notes(found):
-        lines += textwrap.wrap(
-            note, _WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
-        )
+    lines += map(_wrapped, _notes(found))
     return "\n".join(lines)
 
 
 def _cells(part: Part) -> tuple[str, ...]:
-    bands = [_written(part.cosine), _number(part.null), _written(part.ratio)]
+    effective = part.mean.effective
+    count = str(part.n) if math.isnan(effective) else f"{part.n} ({effective:.0f})"
+    numbers = [_estimate(part.mean.interval), _number(part.null), _written(part.ratio)]
+    share = part.below.interval
     negative = f"{100 * part.negative:.3g} %" if part.n else _NONE
-    return (part.stream, part.name, str(part.n), *bands, negative)
+    if part.n and share.known:
+        negative += f" [{100 * share.low:.3g}, {100 * share.high:.3g}]"
+    return (part.stream, part.name, count, *numbers, negative)
 
 
 def _notes(found: Verdict) -> Iterator[str]:
@@ -254,6 +272,20 @@ def _written(band: Band) -> str:
     if not math.isfinite(band.median):
         return _NONE
     return f"{band.median:.3g} [{band.low:.3g}, {band.high:.3g}]"
+
+
+def _estimate(interval: Interval) -> str:
+    if not interval.known:
+        return _number(interval.value)
+    return f"{interval.value:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
+
+
+def _wrapped(note: str) -> str:
+    return "\n".join(
+        textwrap.wrap(
+            note, _WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+        )
+    )
 
 
 def _band(values: Values) -> str:
