@@ -22,7 +22,14 @@ from numpy.typing import NDArray
 
 from analyze import schedulers
 from analyze.blocks import Block, cut, most_open, pieces
-from analyze.moment_table import MOMENTS, Moments, StreamMoments
+from analyze.moment_table import (
+    MOMENTS,
+    NEXT_BOTH,
+    NEXT_GRADIENT,
+    NEXT_REFERENCE,
+    Moments,
+    StreamMoments,
+)
 from analyze.moments import moment_kind, segment_moments
 from analyze.references import Reference
 from analyze.schedulers import Cluster
@@ -178,7 +185,7 @@ def _measure_row(
             w,
             references[place],
             cuts,
-            moments=moments,
+            moments=_lacking(moments, batch, place),
             check_weights=batch == place == 0,
             check_gradient=place == 0,
         )
@@ -187,10 +194,27 @@ def _measure_row(
         if gradients and place == 0:
             gradients[batch].confirm(chunk, found.gradient_checksum)
         sums[batch, place], nonfinite[batch, place] = found.sums, found.nonfinite
+    if moments == MOMENTS and gradients:
+        sums[1:, :, :, _OF_WEIGHTS] = sums[:1, :, :, _OF_WEIGHTS]
+        sums[:, 1:, :, _OF_GRADIENT] = sums[:, :1, :, _OF_GRADIENT]
     if chunk == 0:  # once per shard: what is in the file beside the chunks
         for shard in (weights, *gradients):
             shard.verify_rest()
     return sums, nonfinite
+
+
+# What is the same for every gradient at w, and what for every w*; ‖w‖² is both.
+_OF_WEIGHTS = [MOMENTS.index(name) for name in ("ee", "we", "ww")]
+_OF_GRADIENT = [MOMENTS.index(name) for name in ("gg", "gw", "ww")]
+
+
+def _lacking(moments: tuple[str, ...], batch: int, reference: int) -> tuple[str, ...]:
+    """Which of `moments` the sums of the batches and references before do not have already."""
+    if moments != MOMENTS or batch == reference == 0:
+        return moments
+    if batch and reference:
+        return NEXT_BOTH
+    return NEXT_GRADIENT if batch else NEXT_REFERENCE
 
 
 class _Sums:
