@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise
 
@@ -25,6 +25,7 @@ from analyze import schedulers
 from analyze.blas import single_threaded
 from analyze.chain import SUMS, Segment, batch_sums, chain_sums, direct_sums
 from analyze.pair_blocks import PairBlock, choose_pairs, cut_pairs, cut_stretches
+from analyze.quantities import sum_groups
 from analyze.tiles import Integers, Tiles, Values
 from capture.store import Run, open_run
 from capture.store.layout import ITERATES
@@ -82,6 +83,16 @@ def compute_gram(
         return _assemble(session, pairs, blocks, results)
     finally:
         _open.cache_clear()
+
+
+def regroup(gram: Gram, group_of_group: NDArray[np.int64]) -> Gram:
+    """Add groups of tensors to larger ones; `group_of_group` is int64 ``[K]``."""
+    count = int(group_of_group.max()) + 1
+    sums = sum_groups(gram.sums, group_of_group, count)
+    crossed = gram.batch_sums
+    if crossed is not None:
+        crossed = sum_groups({"": crossed}, group_of_group, count)[""]
+    return replace(gram, sums=sums, batch_sums=crossed)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,20 @@ class PairBlock:
     chunks: range
 
 
+def parse_lags(text: str | None) -> list[int] | str | None:
+    """Read `--lags`: whole numbers with commas between, or ``all``; `UsageError` for the rest."""
+    if text is None or text == "all":
+        return text
+    parts = text.replace(" ", "").split(",")
+    wrong = [part for part in parts if not (part.isascii() and part.isdigit() and int(part) > 0)]
+    if wrong:
+        raise UsageError(
+            f"{wrong[0]!r} is no lag between two steps",
+            fix="use all, or numbers of updates such as 1,2,5,10,20,50",
+        )
+    return [int(part) for part in parts]
+
+
 def choose_pairs(steps: Integers, lags: Sequence[int] | None) -> Integers:
     """List the pairs of rows ``[N, 2]``, first row below second, in order: all, or of some lags.
 

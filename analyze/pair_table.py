@@ -27,7 +27,7 @@ from analyze.noise import NOISE_QUANTITIES, batch_noise
 from analyze.optimizer import read_optimizer
 from analyze.pairs import PAIR_QUANTITIES, PairMeasure
 from analyze.quantities import Quantity, Values, unclipping
-from analyze.tables import METADATA_KEY, group_tensors
+from analyze.tables import METADATA_KEY, concatenate, group_tensors
 from capture.store.layout import ITERATES, UPDATES
 from capture.store.reader import Run
 
@@ -67,12 +67,12 @@ class PairTables:
 
 def pair_schema() -> pa.Schema:
     """List the columns of `pairs`, with units and formulas; no file metadata."""
-    return _schema(_KEYS, PAIR_QUANTITIES)
+    return described([*_KEYS, *_quantities(PAIR_QUANTITIES)])
 
 
 def noise_schema() -> pa.Schema:
     """List the columns of `noise`, with units and formulas; no file metadata."""
-    return _schema(_NOISE_KEYS, NOISE_QUANTITIES)
+    return described([*_NOISE_KEYS, *_quantities(NOISE_QUANTITIES)])
 
 
 def build_pairs(
@@ -104,10 +104,19 @@ def build_pairs(
             square = (scales[stream] ** 2)[:, None, None, None]
             found = batch_noise(gram.batch_sums * square)
             noise.append(pa.table(_noise_columns(gram, found, of_all), schema=noise_schema()))
-    facts = _facts(run, name, by)
+    facts = {"table": PAIR_TABLE_VERSION, "by": by, "sign": SIGN}
+    counted = {**facts, "nan": dict(undefined)}
     return PairTables(
-        _with_facts([pair_schema().empty_table(), *pairs], {**facts, "nan": dict(undefined)}),
-        _with_facts([noise_schema().empty_table(), *noise], {**facts, "nan": {}}),
+        with_facts([pair_schema().empty_table(), *pairs], run, name, counted),
+        with_facts([noise_schema().empty_table(), *noise], run, name, facts),
+    )
+
+
+def concatenate_pairs(tables: Sequence[PairTables]) -> PairTables:
+    """Put the tables of several runs below each other; their metadata are merged."""
+    return PairTables(
+        concatenate([table.pairs for table in tables]),
+        concatenate([table.noise for table in tables]),
     )
 
 
@@ -145,14 +154,14 @@ def _pair_columns(
 
     total, labels = int(np.prod(shape)), of_all["labels"]
     return {
-        "run": _texts([of_all["run"]], np.zeros(total, np.int8)),
-        "stream": _texts([gram.stream], np.zeros(total, np.int8)),
+        "run": texts([of_all["run"]], np.zeros(total, np.int8)),
+        "stream": texts([gram.stream], np.zeros(total, np.int8)),
         "step": pa.array(spread(first, 0)),
         "step_to": pa.array(spread(second, 0)),
         "lag": pa.array(spread(second - first, 0)),
         "batch": pa.array(spread(np.arange(batches), 1), mask=np.full(total, gram.batches is None)),
-        "group": _texts(labels, spread(np.arange(len(labels)), 2)),
-        "reference": _texts(references, spread(np.arange(len(references)), 3)),
+        "group": texts(labels, spread(np.arange(len(labels)), 2)),
+        "reference": texts(references, spread(np.arange(len(references)), 3)),
         "num_parameters": pa.array(spread(of_all["sizes"], 2)),
         **{name: pa.array(column.ravel()) for name, column in values.items()},
         "undefined": undefined,
@@ -163,42 +172,44 @@ def _noise_columns(gram: Gram, found: dict[str, Values], of_all: dict[str, Any])
     labels = of_all["labels"]
     rows, group = (index.ravel() for index in np.indices((len(gram.steps), len(labels))))
     return {
-        "run": _texts([of_all["run"]], np.zeros_like(rows)),
-        "stream": _texts([gram.stream], np.zeros_like(rows)),
+        "run": texts([of_all["run"]], np.zeros_like(rows)),
+        "stream": texts([gram.stream], np.zeros_like(rows)),
         "step": pa.array(gram.steps[rows]),
-        "group": _texts(labels, group),
+        "group": texts(labels, group),
         "batches": pa.array(np.full(len(rows), gram.batches)),
         "num_parameters": pa.array(of_all["sizes"][group]),
         **{name: pa.array(values.ravel()) for name, values in found.items()},
     }
 
 
-def _schema(keys: Sequence[tuple[str, Any, str, str]], quantities: Sequence[Quantity]) -> pa.Schema:
-    columns = [(q.name, pa.float64(), q.unit, q.formula) for q in quantities]
+def described(columns: Sequence[tuple[str, Any, str, str]]) -> pa.Schema:
+    """Make a schema of columns: name, type, unit and formula."""
     return pa.schema(
         pa.field(name, kind, name == "batch", {"unit": unit, "formula": formula})
-        for name, kind, unit, formula in (*keys, *columns)
+        for name, kind, unit, formula in columns
     )
 
 
-def _texts(names: Sequence[str], index: NDArray[Any]) -> Any:
+def texts(names: Sequence[str], index: NDArray[Any]) -> Any:
+    """Make a column of names by their number."""
     return pa.DictionaryArray.from_arrays(index, pa.array(names, pa.string())).cast(pa.string())
 
 
-def _facts(run: Run, name: str, by: str) -> dict[str, Any]:
-    facts = ("final_step", "optimizer", "config", "seeds", "versions", "git_commit")
+def with_facts(tables: Sequence[pa.Table], run: Run, name: str, facts: dict[str, Any]) -> pa.Table:
+    """Put tables of one run below each other, with the facts of the run and others in metadata."""
+    keys = ("final_step", "optimizer", "config", "seeds", "versions", "git_commit")
     own = {"run": name, "status": run.status, "num_parameters": run.table.num_parameters}
-    return {
-        "table": PAIR_TABLE_VERSION,
+    document = {
         "version": capture.__version__,
-        "by": by,
-        "sign": SIGN,
-        "runs": [{**own, **{key: run.attributes.get(key) for key in facts}}],
+        "runs": [{**own, **{key: run.attributes.get(key) for key in keys}}],
         "null": {},
+        "nan": {},
+        **facts,
     }
-
-
-def _with_facts(tables: Sequence[pa.Table], facts: dict[str, Any]) -> pa.Table:
-    text = json.dumps(facts, ensure_ascii=False, sort_keys=True)
+    text = json.dumps(document, ensure_ascii=False, sort_keys=True)
     metadata = {METADATA_KEY: text.encode("utf-8", "backslashreplace")}
     return pa.concat_tables(tables).combine_chunks().replace_schema_metadata(metadata)
+
+
+def _quantities(quantities: Sequence[Quantity]) -> list[tuple[str, Any, str, str]]:
+    return [(q.name, pa.float64(), q.unit, q.formula) for q in quantities]

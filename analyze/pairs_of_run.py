@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analyze.compute import compute_moments
-from analyze.gram import compute_gram
+from analyze.gram import compute_gram, regroup
 from analyze.moments import GEOMETRY
 from analyze.pair_blocks import choose_pairs
 from analyze.pair_table import PairTables, build_pairs
 from analyze.references import parse_reference
-from analyze.tables import group_tensors
+from analyze.tables import GROUPINGS, group_tensors
 from capture.store.errors import InputError, UsageError
 from capture.store.layout import WEIGHTS
 from capture.store.reader import Run, Stream, open_run
@@ -33,12 +33,12 @@ def measure_pairs(
     *,
     streams: Sequence[str] = (),
     lags: Sequence[int] | str | None = None,
-    by: str = "model",
+    by: Sequence[str] = ("model",),
     scheduler: str = "threads",
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> PairTables:
-    """Measure the pairs of saved steps of a run, and the noise of its batches.
+) -> dict[str, PairTables]:
+    """Measure the pairs of saved steps of a run, and the noise of its batches, by each grouping.
 
     `lags` are updates between the two steps of a pair, or ``"all"``; `None` means all where no
     stream has more than `MOST_ROWS_BY_DEFAULT` rows. Without `streams`, all of the run that have
@@ -49,7 +49,9 @@ def measure_pairs(
     """
     parsed = [parse_reference(text) for text in dict.fromkeys(references)]
     run = open_run(path)
-    labels, groups = group_tensors(run.table, by)
+    # The groups of the finest are added up to those of the others.
+    finest = max(by, key=GROUPINGS.index)
+    labels, groups = group_tensors(run.table, finest)
     chosen = _choose_streams(run, streams)
     wanted = _check_size(chosen, lags, len(labels) * len(parsed))
     # References that cannot be had are told before the long work: they are bound, and closed again.
@@ -76,7 +78,19 @@ def measure_pairs(
         workers=workers,
         progress=progress,
     )
-    return build_pairs(open_run(path), grams, moments, by, name=path)
+    run, tables = open_run(path), {}
+    for grouping in by:
+        coarser = _coarser(groups, group_tensors(run.table, grouping)[1])
+        regrouped = {name: regroup(gram, coarser) for name, gram in grams.items()}
+        tables[grouping] = build_pairs(run, regrouped, moments, grouping, name=path)
+    return tables
+
+
+def _coarser(groups: Integers, larger: Integers) -> Integers:
+    """The larger group in which each group of tensors lies."""
+    found = np.zeros(int(groups.max()) + 1, np.int64)
+    found[groups] = larger
+    return found
 
 
 def _choose_streams(run: Run, names: Sequence[str]) -> list[Stream]:
