@@ -68,10 +68,11 @@ def chain_sums(tiles: Tiles, segment: Segment, pairs: Integers) -> Values:
         bad = ~_sound(tiles, segment)
         found = _products(tiles, segment, _nearest(bad))
     sums, doubtful = _put_together(found, pairs)
+    spoiled = bad[pairs[:, 0]] | bad[pairs[:, 1]]
+    doubtful &= ~spoiled
     if doubtful.any():
         sums[doubtful] = direct_sums(tiles, segment, pairs[doubtful])
     # Of a pair with a bad end only what needs no weights is a number.
-    spoiled = bad[pairs[:, 0]] | bad[pairs[:, 1]]
     for column in _OF_WEIGHTS[: sums.shape[-1]]:
         sums[spoiled, :, column] = np.nan
     return sums
@@ -136,7 +137,8 @@ def _put_together(found: _Products, pairs: Integers) -> tuple[Values, NDArray[np
     with np.errstate(invalid="ignore", over="ignore"):
         dd = _spanned(found.steps)[first, second]
         walked = np.append(0.0, np.cumsum(np.sqrt(found.steps.diagonal())))
-        doubtful = dd < _TOO_SMALL * (walked[second] - walked[first]) ** 2
+        # Or a step on the way has a square beyond float64, and the distance may not.
+        doubtful = ~(dd >= _TOO_SMALL * (walked[second] - walked[first]) ** 2)
         if not len(found.gradients):
             return dd[:, None, None], doubtful
         norms = np.diagonal(found.gradients, axis1=1, axis2=2)

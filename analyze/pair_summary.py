@@ -18,13 +18,16 @@ from capture.store.layout import ITERATES, UPDATES
 # Lags that are told one by one; where there are more, from each power of two to the next.
 _MOST_LAGS = 8
 
+# What is shown with quantiles, and what by its median alone.
+_BANDS = ("gamma", "gamma_back", "sim", "cosine_step", "cosine_dist")
 _OF_GRADIENTS = {
-    "γ(t, t+lag) [10 %, 90 %]": "gamma",
-    "γ(t, t-lag) [10 %, 90 %]": "gamma_back",
-    "sim [10 %, 90 %]": "sim",
+    "γ(t, t+lag)": "gamma",
+    "γ⁰": "gamma_null",
+    "γ(t, t-lag)": "gamma_back",
+    "sim": "sim",
 }
-_OF_UPDATES = {"cos(u, u') [10 %, 90 %]": "cosine_step"}
-_OF_POINTS = {"cos(e, e') [10 %, 90 %]": "cosine_dist"}
+_OF_UPDATES = {"cos(u, u')": "cosine_step"}
+_OF_POINTS = {"cos(e, e')": "cosine_dist"}
 
 
 def pair_summary(tables: PairTables) -> str:
@@ -39,11 +42,13 @@ def pair_summary(tables: PairTables) -> str:
         for run in pairs["run"].unique().to_pylist()
         for reference in pairs["reference"].unique().to_pylist()
     ]
+    nulls = dict.fromkeys(read_metadata(tables.pairs)["null"].values())
     closing = [*_noise(noise)]
     if set(pairs["stream"].unique().to_pylist()) - {*ITERATES, UPDATES}:
+        rests = "".join(f" γ⁰: {text}." for text in nulls)
         closing += wrapped(
-            f"{SIGN} sim: cosine of two gradients without their parts along w - w*. "
-            "Numbers are medians of n pairs, [10 %, 90 %] their quantiles: no confidence interval."
+            f"{SIGN}{rests} sim: cosine of two gradients without their parts along w - w*. Numbers "
+            "are medians of n pairs, [10 %, 90 %] their quantiles: no confidence interval."
         )
     return "\n\n".join([*blocks, *(["\n".join(closing)] if closing else [])])
 
@@ -51,8 +56,12 @@ def pair_summary(tables: PairTables) -> str:
 def _block(rows: pa.Table, entry: dict[str, Any], reference: str) -> str:
     total = rows["num_parameters"][0].as_py()
     lines = [f"{entry['run']}   w* = {reference}   D = {total:,}"]
-    for stream in rows["stream"].unique().to_pylist():
-        lines += ["", *_stream(_select(rows, stream=stream), stream)]
+    for stream, count in entry["pairs"].items():
+        if count:
+            lines += ["", *_stream(_select(rows, stream=stream), stream)]
+    missing = [stream for stream, count in entry["pairs"].items() if not count]
+    if missing:
+        lines += ["", f"{', '.join(missing)}: no two rows are a chosen lag apart"]
     return "\n".join(lines)
 
 
@@ -62,9 +71,11 @@ def _stream(rows: pa.Table, stream: str) -> list[str]:
     lags = rows["lag"].to_numpy()
     cells = [(stream, "lag", "n", "dist", *shown)]
     for label, here in _by_lag(lags):
-        columns = [rows[name].to_numpy()[here] for name in shown.values()]
-        dist = median(rows["dist"].to_numpy()[here])
-        cells.append(("", label, str(here.sum()), dist, *map(band, columns)))
+        told = [
+            (band if name in _BANDS else median)(rows[name].to_numpy()[here])
+            for name in ("dist", *shown.values())
+        ]
+        cells.append(("", label, str(here.sum()), *told))
     return aligned(cells)
 
 

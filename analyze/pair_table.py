@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from analyze.measure import Measure
 from analyze.metadata import printable
 from analyze.noise import NOISE_QUANTITIES, batch_noise
 from analyze.optimizer import read_optimizer
+from analyze.pair_null import pair_null
 from analyze.pairs import PAIR_QUANTITIES, PairMeasure
 from analyze.quantities import Quantity, Values, unclipping
 from analyze.tables import METADATA_KEY, concatenate, group_tensors
@@ -94,9 +95,12 @@ def build_pairs(
     references = [printable(text) for text in moments.references]
     scales = {stream: gradient_scale(run, gram) for stream, gram in grams.items()}
     undefined: Counter[str] = Counter()
-    pairs, noise = [], []
+    pairs, noise, nulls = [], [], {}
     for stream, gram in grams.items():
-        measure = PairMeasure(run, gram, moments.streams[stream], groups, scales[stream])
+        null: Mapping[str, Values] = {}
+        if stream == "minibatch":
+            null, nulls[f"{name}|{stream}"] = pair_null(run, gram.steps, gram.pairs, groups)
+        measure = PairMeasure(run, gram, moments.streams[stream], groups, scales[stream], null)
         columns = _pair_columns(measure, gram, references, of_all)
         undefined.update(columns.pop("undefined"))
         pairs.append(pa.table(columns, schema=pair_schema()))
@@ -104,8 +108,9 @@ def build_pairs(
             square = (scales[stream] ** 2)[:, None, None, None]
             found = batch_noise(gram.batch_sums * square)
             noise.append(pa.table(_noise_columns(gram, found, of_all), schema=noise_schema()))
-    facts = {"table": PAIR_TABLE_VERSION, "by": by, "sign": SIGN}
-    counted = {**facts, "nan": dict(undefined)}
+    facts: dict[str, Any] = {"table": PAIR_TABLE_VERSION, "by": by, "sign": SIGN}
+    facts["pairs"] = {stream: len(gram.pairs) for stream, gram in grams.items()}
+    counted = {**facts, "null": nulls, "nan": dict(undefined)}
     return PairTables(
         with_facts([pair_schema().empty_table(), *pairs], run, name, counted),
         with_facts([noise_schema().empty_table(), *noise], run, name, facts),
@@ -196,12 +201,17 @@ def texts(names: Sequence[str], index: NDArray[Any]) -> Any:
 
 
 def with_facts(tables: Sequence[pa.Table], run: Run, name: str, facts: dict[str, Any]) -> pa.Table:
-    """Put tables of one run below each other, with the facts of the run and others in metadata."""
+    """Put tables of one run below each other, with the facts of the run and others in metadata.
+
+    `pairs` among the others, the number of pairs of each stream, goes to the facts of the run.
+    """
+    facts = dict(facts)
+    beside = {key: facts.pop(key) for key in ("pairs",) if key in facts}
     keys = ("final_step", "optimizer", "config", "seeds", "versions", "git_commit")
     own = {"run": name, "status": run.status, "num_parameters": run.table.num_parameters}
     document = {
         "version": capture.__version__,
-        "runs": [{**own, **{key: run.attributes.get(key) for key in keys}}],
+        "runs": [{**own, **beside, **{key: run.attributes.get(key) for key in keys}}],
         "null": {},
         "nan": {},
         **facts,

@@ -25,6 +25,7 @@ from analyze.chain import SUMS as STORED
 from analyze.compute import StreamMoments
 from analyze.gram import Gram
 from analyze.moments import MOMENTS
+from analyze.pair_null import NULL_SUMS
 from analyze.quantities import Quantity, Sums, Values, norm, ratio, sum_groups
 from capture.store import MismatchError, Run
 from capture.store.layout import ITERATES, UPDATES
@@ -41,6 +42,9 @@ SUMS = {
     **{f"gg_{row}": f"‖g_{row}‖²" for row in "ij"},
     **{f"ge_{row}": f"⟨g_{row}, e_{row}⟩" for row in "ij"},
     **{f"ee_{row}": f"‖e_{row}‖²" for row in "ij"},
+    "null_ge": "⟨g_i, w_i - w_j⟩ if all gradients were orthogonal",
+    "null_gg": "‖g_i‖², from the every-step scalars",
+    "null_ee": "‖w_i - w_j‖² if all gradients were orthogonal",
 }
 
 # Below this share of ‖g‖², what is orthogonal to e is what rounding left, of a float32 gradient.
@@ -112,9 +116,17 @@ PAIR_QUANTITIES: tuple[Quantity, ...] = (
         lambda s: ratio(s["gd"], norm(s["gg_i"]), norm(s["dd"])),
     ),
     Quantity(
+        "gamma_null",
+        "γ(i, j) if all gradients of the path were orthogonal; of the minibatch gradients only, "
+        "which made the path",
+        "1",
+        NULL_SUMS,
+        lambda s: ratio(s["null_ge"], norm(s["null_gg"]), norm(s["null_ee"])),
+    ),
+    Quantity(
         "gamma_back",
         "γ(j, i) = ⟨g_j, w_j - w_i⟩ / (‖g_j‖ ‖w_j - w_i‖), positive where a step along -g_j starts "
-        "out back to where the path came from",
+        "out back to where the path came from; 0 if all gradients of the path were orthogonal",
         "1",
         ("dg", "gg_j", "dd"),
         lambda s: ratio(s["dg"], norm(s["gg_j"]), norm(s["dd"])),
@@ -140,15 +152,23 @@ class PairMeasure:
     """The quantities of all pairs of one stream, from their products and the moments of the rows.
 
     `gram` and `groups` ``[P]`` belong together; `moments` are those of the same run and stream with
-    R references. `scale` ``[T]`` takes a stored gradient to g. `MismatchError` where the moments
-    lack a step.
+    R references. `scale` ``[T]`` takes a stored gradient to g; `null` maps the names of
+    `analyze.pair_null.NULL_SUMS` to ``[N, K]``, where there is a null. `MismatchError` where the
+    moments lack a step.
     """
 
     def __init__(
-        self, run: Run, gram: Gram, moments: StreamMoments, groups: NDArray[np.int64], scale: Values
+        self,
+        run: Run,
+        gram: Gram,
+        moments: StreamMoments,
+        groups: NDArray[np.int64],
+        scale: Values,
+        null: Mapping[str, Values],
     ) -> None:
         self.shape = (len(gram.pairs), gram.batches or 1, int(groups.max()) + 1)
         self._gram, self._scale = gram, scale[:, None, None, None]
+        self._null = null
         array = moments.array[_rows_of(run, gram.steps, moments)]
         if moments.batches is None:
             array = array[:, None]
@@ -190,6 +210,7 @@ class PairMeasure:
             for end, scale in (("i", scale_i), ("j", scale_j)):
                 sums[f"gg_{end}"] = squares[end] * scale**2
                 sums[f"ge_{end}"] = self._rows["ge"][ends[end]] * scale
+        sums |= {key: values[part, None, :, None] for key, values in self._null.items()}
         # There the scale is a sign at most, which both have.
         return {**sums, "hh": pairs["hh"]} if name in SAME_SAMPLES else sums
 

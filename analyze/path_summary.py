@@ -41,8 +41,8 @@ def path_summary(table: pa.Table) -> str:
 
 
 _EXPLANATION = (
-    "walk: 6/(π²k²) of a long random walk; own steps: orthogonal steps as many and as long as those "
-    "between this run's rows. A component says something where it explains more than both."
+    "walk: 6/(π²k²) of a long random walk; own steps: orthogonal steps as many and as long as "
+    "those between this run's rows. A component says something where it explains more than both."
 )
 
 
