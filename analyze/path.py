@@ -83,7 +83,7 @@ def measure_path(
     )
     if len(gram.steps) < 2:
         raise InputError(
-            f"{len(gram.steps)} saved rows of weights make no path",
+            f"a path needs two saved rows of weights, the run has {len(gram.steps)}",
             where=path,
             fix="wait until more is recorded, or record the run again with --every",
         )
