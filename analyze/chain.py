@@ -50,7 +50,7 @@ def direct_sums(tiles: Tiles, segment: Segment, pairs: Integers) -> Values:
     """Measure each pair on its own: ``[N, B, 5]`` as in `SUMS`, ``[N, 1, 1]`` of points."""
     shape = (len(pairs), tiles.batches, len(SUMS)) if tiles.batches else (len(pairs), 1, 1)
     sums = np.zeros(shape)
-    for w, g in tiles.read(segment.chunk, segment.start, segment.stop):
+    for w, g in tiles.rows(segment.chunk, segment.start, segment.stop):
         if tiles.batches:
             add_pairs(w, g, pairs, sums)
         else:
@@ -60,9 +60,9 @@ def direct_sums(tiles: Tiles, segment: Segment, pairs: Integers) -> Values:
 
 def chain_sums(tiles: Tiles, segment: Segment, pairs: Integers) -> Values:
     """Measure pairs as `direct_sums` does, from products of all rows with all."""
-    everything = np.arange(tiles.rows)
+    everything = np.arange(tiles.num_rows)
     found = _products(tiles, segment, everything)
-    bad = np.zeros(tiles.rows, bool)
+    bad = np.zeros(tiles.num_rows, bool)
     if not np.isfinite(found.steps).all():
         # One row that is not finite would spoil every pair that the chain leads past.
         bad = ~_sound(tiles, segment)
@@ -81,7 +81,7 @@ def chain_sums(tiles: Tiles, segment: Segment, pairs: Integers) -> Values:
 def batch_sums(tiles: Tiles, segment: Segment, own: slice) -> Values:
     """Multiply the batches of each row in `own` with each other: ``[n, B, B]``."""
     sums = np.zeros((own.stop - own.start, tiles.batches, tiles.batches))
-    for _, g in tiles.read(segment.chunk, segment.start, segment.stop):
+    for _, g in tiles.rows(segment.chunk, segment.start, segment.stop):
         by_row = g[:, own].swapaxes(0, 1)
         with np.errstate(invalid="ignore", over="ignore"):
             sums += by_row @ by_row.swapaxes(1, 2)
@@ -99,14 +99,19 @@ class _Products:
 
 def _products(tiles: Tiles, segment: Segment, source: Integers) -> _Products:
     """Multiply all rows with all; the weights of row i are those of row ``source[i]``."""
-    n, batches = tiles.rows, tiles.batches
+    n, batches = tiles.num_rows, tiles.batches
     steps, along = np.zeros((n - 1, n - 1)), np.zeros((batches, n, n - 1))
     gradients = np.zeros((batches, n, n))
-    moved = (source != np.arange(n)).any()
+    here = (segment.chunk, segment.start, segment.stop)
     with np.errstate(invalid="ignore", over="ignore"):
-        for w, g in tiles.read(segment.chunk, segment.start, segment.stop):
-            path = w[source] if moved else w
-            d = path[1:] - path[:-1]
+        for d, g, joint in tiles.steps(*here, source):
+            if batches == 1:
+                # The same products as below, a fifth faster in one than in three.
+                product = joint @ joint.T
+                steps += product[: n - 1, : n - 1]
+                along[0] += product[n - 1 :, : n - 1]
+                gradients[0] += product[n - 1 :, n - 1 :]
+                continue
             steps += d @ d.T
             for batch in range(batches):
                 along[batch] += g[batch] @ d.T
@@ -116,8 +121,8 @@ def _products(tiles: Tiles, segment: Segment, source: Integers) -> _Products:
 
 def _sound(tiles: Tiles, segment: Segment) -> NDArray[np.bool_]:
     """Which rows of weights are finite on a segment, ``[n]``."""
-    sound = np.ones(tiles.rows, bool)
-    for w, _ in tiles.read(segment.chunk, segment.start, segment.stop):
+    sound = np.ones(tiles.num_rows, bool)
+    for w, _ in tiles.rows(segment.chunk, segment.start, segment.stop):
         sound &= np.isfinite(w).all(axis=1)
     return sound
 

@@ -1,6 +1,8 @@
-"""The compiled loop for single pairs of rows: differences and products, added in float64.
+"""The compiled loops under tiles: rows to float64, steps between them, and single pairs of rows.
 
-Axes: N pairs, B batches, n rows, c coordinates of one tile.
+Axes: N pairs, B batches, n rows, c coordinates of one tile. Rows lie apart in memory, each in its
+own file: they are given by the addresses of the tile's first coordinate, uint64 ``[n]``, all of
+the dtype of the empty array `like`.
 """
 
 from __future__ import annotations
@@ -8,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import njit
+import numba
+from numba import njit, types
+from numba.extending import intrinsic
 
 
 def _compile(function: Callable[..., Any]) -> Any:
@@ -18,6 +22,46 @@ def _compile(function: Callable[..., Any]) -> Any:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # no folder to keep the compiled kernels in: compile them each time
         return njit(**options)(function)
+
+
+# Numba has no types for these.
+_numba: Any = numba
+carray: Any = _numba.carray
+
+
+@intrinsic
+def _pointer(typing, address, like):  # type: ignore[no-untyped-def]
+    """An address as a pointer to the dtype of `like`."""
+    result = _numba.types.CPointer(like.dtype)
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], context.get_value_type(result))
+
+    return result(address, like), generate
+
+
+_at: Any = _pointer
+
+
+@_compile
+def load_rows(addresses, like, out):  # type: ignore[no-untyped-def]
+    """Copy the coordinates at each address to `out`, float64 ``[n, c]``."""
+    for row in range(addresses.size):
+        target = out[row]
+        values = carray(_at(addresses[row], like), target.size)
+        for k in range(target.size):
+            target[k] = values[k]
+
+
+@_compile
+def load_steps(addresses, like, out):  # type: ignore[no-untyped-def]
+    """Write coordinates at each address less those at the one before to `out` ``[n - 1, c]``."""
+    for row in range(addresses.size - 1):
+        target = out[row]
+        before = carray(_at(addresses[row], like), target.size)
+        after = carray(_at(addresses[row + 1], like), target.size)
+        for k in range(target.size):
+            target[k] = types.float64(after[k]) - types.float64(before[k])
 
 
 @_compile

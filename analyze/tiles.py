@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from analyze.pair_kernels import load_rows, load_steps
 from capture.store import DamagedError, MappedShard, Run, Stream, UnknownNameError
 from capture.store.layout import ITERATES, WEIGHTS
 
@@ -20,7 +22,7 @@ Integers = NDArray[np.int64]
 # What a task holds of its rows in float64, and the lengths of tiles that this may come to. Part of
 # the result, since sums are added tile after tile: never derive them from the machine.
 _TILE_BYTES = 2**23
-_SHORTEST, _LONGEST = 512, 16384
+_SHORTEST, _LONGEST = 512, 8192
 
 
 class Tiles:
@@ -32,7 +34,7 @@ class Tiles:
 
     def __init__(self, run: Run, stream: Stream, rows: Integers) -> None:
         self._stack = ExitStack()
-        self.rows = len(rows)
+        self.num_rows = len(rows)
         numbers: list[int] = rows.tolist()
         with ExitStack() as stack:
             if stream.name in ITERATES:
@@ -49,7 +51,8 @@ class Tiles:
                 ]
             self._stack = stack.pop_all()
         self.batches = len(self._gradients)
-        self._length = _tile_length(self.rows * (2 + self.batches))
+        self._like = np.empty(0, stream.dtype)
+        self._length = _tile_length(self.num_rows * (1 + self.batches))
 
     def __enter__(self) -> Tiles:
         return self
@@ -67,28 +70,55 @@ class Tiles:
         for shard in self._shards():
             shard.verify_chunk(chunk)
 
-    def read(self, chunk: int, start: int, stop: int) -> Iterator[tuple[Values, Values]]:
+    def rows(self, chunk: int, start: int, stop: int) -> Iterator[tuple[Values, Values]]:
         """Give w ``[n, c]`` and g ``[B, n, c]`` on coordinates `start` to `stop` of a chunk.
 
-        Contiguous float64; the next tile overwrites the one before.
+        Contiguous float64; each tile overwrites the one before.
         """
+        views = self._views(chunk)
+        weights, gradients = map(_addresses, views)
+        for low, joint in self._memory(len(weights) + len(gradients), start, stop):
+            w, g = joint[: self.num_rows], joint[self.num_rows :]
+            load_rows(weights + self._bytes(low), self._like, w)
+            load_rows(gradients + self._bytes(low), self._like, g)
+            yield w, g.reshape(self.batches, *w.shape)
+
+    def steps(
+        self, chunk: int, start: int, stop: int, source: Integers
+    ) -> Iterator[tuple[Values, Values, Values]]:
+        """Give d ``[n - 1, c]`` and g ``[B, n, c]``, as `rows` does, and both as one matrix.
+
+        d are the weights of each row less those of the row before, where the weights of row i are
+        those of row ``source[i]``. The matrix is ``[n - 1 + B n, c]``, d above g.
+        """
+        views = self._views(chunk)
+        weights, gradients = map(_addresses, views)
+        for low, joint in self._memory(self.num_rows - 1 + len(gradients), start, stop):
+            d, g = joint[: self.num_rows - 1], joint[self.num_rows - 1 :]
+            load_steps(weights[source] + self._bytes(low), self._like, d)
+            load_rows(gradients + self._bytes(low), self._like, g)
+            yield d, g.reshape(self.batches, self.num_rows, d.shape[1]), joint
+
+    def _bytes(self, coordinates: int) -> np.uint64:
+        return np.uint64(coordinates * self._like.itemsize)
+
+    def _memory(self, rows: int, start: int, stop: int) -> Iterator[tuple[int, Values]]:
+        """Give the first coordinate of each tile, and room for it ``[rows, c]``."""
         length = min(self._length, stop - start)
-        w_memory = np.empty(self.rows * length)
-        g_memory = np.empty(self.batches * self.rows * length)
-        w_views = [shard.chunk(chunk) for shard in self._weights]
-        g_views = [[shard.chunk(chunk) for shard in batch] for batch in self._gradients]
-        for low in range(start, stop, self._length):
-            high = min(low + self._length, stop)
-            w_shape = (self.rows, high - low)
-            g_shape = (self.batches, *w_shape)
-            w = w_memory[: self.rows * (high - low)].reshape(w_shape)
-            g = g_memory[: self.batches * w.size].reshape(g_shape)
-            for target, view in zip(w, w_views, strict=True):
-                target[:] = view[low:high]
-            for targets, views in zip(g, g_views, strict=True):
-                for target, view in zip(targets, views, strict=True):
-                    target[:] = view[low:high]
-            yield w, g
+        memory = np.empty(rows * length)
+        for low in range(start, stop, length):
+            width = min(length, stop - low)
+            yield low, memory[: rows * width].reshape(rows, width)
+
+    def _views(self, chunk: int) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
+        """The chunk of each row of weights and of all gradients.
+
+        To be kept for as long as their addresses are in use.
+        """
+        gradients = [shard for batch in self._gradients for shard in batch]
+        return [shard.chunk(chunk) for shard in self._weights], [
+            shard.chunk(chunk) for shard in gradients
+        ]
 
     def _shards(self) -> Sequence[MappedShard]:
         return [*self._weights, *(shard for batch in self._gradients for shard in batch)]
@@ -105,6 +135,11 @@ def weights_row(run: Run, stream: Stream, row: int) -> int:
             where=run.path,
             fix="restore the run from a copy, or record it again",
         ) from error
+
+
+def _addresses(views: Sequence[NDArray[Any]]) -> NDArray[np.uint64]:
+    """Where each view begins in memory; all are contiguous."""
+    return np.array([view.ctypes.data for view in views], np.uint64)
 
 
 def _tile_length(rows: int) -> int:

@@ -154,7 +154,7 @@ def test_a_cluster_gives_the_same_bytes(tmp_path: Path) -> None:
         path = write_run(tmp_path / "run.zarr", SIZES, STREAMS)
         here = compute_gram(path, "fixed", GROUPS)
         with LocalCluster(
-            n_workers=1, threads_per_worker=2, processes=True, dashboard_address=None
+            n_workers=1, threads_per_worker=2, processes=True, dashboard_address="127.0.0.1:0"
         ) as cluster:
             there = compute_gram(path, "fixed", GROUPS, scheduler=cluster.scheduler_address)
     assert same_bytes(here, there)
