@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from analyze.compute import compute_moments
+    from analyze.gram import compute_gram
+    from analyze.pairs_of_run import measure_pairs
+    from analyze.path import measure_path
     from analyze.report import write_report
     from analyze.tables import measure_run, read_table, write_table
 
 __all__ = [
+    "compute_gram",
     "compute_moments",
+    "measure_pairs",
+    "measure_path",
     "measure_run",
     "read_table",
     "write_report",
@@ -22,7 +28,10 @@ __all__ = [
 ]
 
 _HOMES = {
+    "compute_gram": "gram",
     "compute_moments": "compute",
+    "measure_pairs": "pairs_of_run",
+    "measure_path": "path",
     "measure_run": "tables",
     "read_table": "tables",
     "write_report": "report",

@@ -13,7 +13,7 @@ from analyze.moments import GEOMETRY
 from analyze.pair_blocks import choose_pairs
 from analyze.pair_table import PairTables, build_pairs
 from analyze.references import parse_reference
-from analyze.tables import GROUPINGS, group_tensors
+from analyze.tables import group_tensors
 from capture.store.errors import InputError, UsageError
 from capture.store.layout import WEIGHTS
 from capture.store.reader import Run, Stream, open_run
@@ -49,11 +49,12 @@ def measure_pairs(
     """
     parsed = [parse_reference(text) for text in dict.fromkeys(references)]
     run = open_run(path)
-    # The groups of the finest are added up to those of the others.
-    finest = max(by, key=GROUPINGS.index)
-    labels, groups = group_tensors(run.table, finest)
+    groupings = {grouping: group_tensors(run.table, grouping)[1] for grouping in by}
+    # Tensors that are together in all of them; what these have is added up to each.
+    finest = np.unique(np.stack(list(groupings.values())), axis=1, return_inverse=True)[1]
     chosen = _choose_streams(run, streams)
-    wanted = _check_size(chosen, lags, len(labels) * len(parsed))
+    largest = 1 + max(int(groups.max()) for groups in groupings.values())
+    wanted = _check_size(chosen, lags, largest * len(parsed))
     # References that cannot be had are told before the long work: they are bound, and closed again.
     for reference in parsed:
         reference.bind(run).close()
@@ -61,7 +62,7 @@ def measure_pairs(
         stream.name: compute_gram(
             path,
             stream.name,
-            groups,
+            finest,
             lags=wanted,
             scheduler=scheduler,
             workers=workers,
@@ -79,17 +80,17 @@ def measure_pairs(
         progress=progress,
     )
     run, tables = open_run(path), {}
-    for grouping in by:
-        coarser = _coarser(groups, group_tensors(run.table, grouping)[1])
+    for grouping, groups in groupings.items():
+        coarser = _coarser(finest, groups)
         regrouped = {name: regroup(gram, coarser) for name, gram in grams.items()}
         tables[grouping] = build_pairs(run, regrouped, moments, grouping, name=path)
     return tables
 
 
-def _coarser(groups: Integers, larger: Integers) -> Integers:
-    """The larger group in which each group of tensors lies."""
-    found = np.zeros(int(groups.max()) + 1, np.int64)
-    found[groups] = larger
+def _coarser(finest: Integers, groups: Integers) -> Integers:
+    """The group in which each of the finest groups lies; both are given by tensor ``[P]``."""
+    found = np.zeros(int(finest.max()) + 1, np.int64)
+    found[finest] = groups
     return found
 
 

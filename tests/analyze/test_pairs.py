@@ -16,6 +16,7 @@ from analyze.pair_summary import pair_summary
 from analyze.pair_table import noise_schema, pair_schema
 from analyze.pairs import PAIR_QUANTITIES, SUMS
 from analyze.pairs_of_run import MOST_ROWS_BY_DEFAULT, measure_pairs
+from analyze.tables import measure_run
 from capture.store import InputError, UnfinishedError, UnknownNameError, UsageError
 from tests.analyze.dense import GROUPS
 from tests.analyze.recorded import OPTIMIZER, TABLE, random_run, read_rows, write_run
@@ -216,6 +217,28 @@ def test_there_is_no_null_where_there_is_none(tmp_path: Path) -> None:
     tables = measure_pairs(str(random_run(tmp_path / "run.zarr", optimizer=optimizer)))["model"]
     assert np.isnan(tables.pairs["gamma_null"].to_numpy()).all()
     assert "no null: Adam has no closed form" in " ".join(pair_summary(tables).split())
+
+
+def test_against_a_later_row_they_are_what_compute_finds_with_that_reference(run: Path) -> None:
+    """γ(t, s), its null and the distance are the columns of `compute` with w* = w_s."""
+    later = measure_run(str(run), ["step:5"], streams=["minibatch", "fixed"])["model"]
+    expected = {(r["stream"], r["step"], r["batch"]): r for r in later.to_pylist()}
+    columns = {"dist": "norm_dist", "gamma": "cosine", "gamma_null": "cosine_null"}
+    found = [r for r in measure(run).to_pylist() if r["step_to"] == 5 and r["stream"] != "updates"]
+    assert len(found) == 5 + 15
+    for row in found:
+        other = expected[row["stream"], row["step"], row["batch"]]
+        for name, column in columns.items():
+            assert row[name] == pytest.approx(other[column], nan_ok=True, **CLOSE)
+        assert math.isnan(row["gamma_null"]) == (row["stream"] == "fixed")
+
+
+def test_a_stream_without_rows_stands_beside_others(tmp_path: Path) -> None:
+    streams = {"weights": np.eye(3, 25, dtype="f4"), "minibatch": np.empty((0, 25), "f4")}
+    path = write_run(tmp_path / "run.zarr", streams)
+    tables = measure_pairs(str(path), streams=["minibatch", "weights"])["model"]
+    assert tables.pairs["stream"].unique().to_pylist() == ["weights"]
+    assert "minibatch: no two rows" in pair_summary(tables)
 
 
 # Noise ----------------------------------------------------------------------------------------
