@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from analyze import blas, pair_blocks, tiles
+from analyze import blas, chain, pair_blocks, tiles
 from analyze.gram import Gram, compute_gram, regroup
 from analyze.pair_blocks import choose_pairs, cut_pairs, cut_stretches, parse_lags
 from capture.store import DamagedError, UnknownNameError, UsageError, layout
@@ -292,6 +292,22 @@ def test_nan_spoils_its_own_pairs_and_no_others(
     for name, values in gram.sums.items():
         assert (np.isfinite(values) == ~spoiled[name]).all(), name
         np.testing.assert_allclose(values[~spoiled[name]], clean[name][~spoiled[name]], **CLOSE)
+
+
+def test_a_row_that_is_not_finite_sends_no_pair_the_slow_way(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError
+
+    weights = STREAMS["weights"].copy()
+    weights[4, 70] = np.nan
+    path = write_run(tmp_path / "run.zarr", SIZES, {"weights": weights})
+    monkeypatch.setattr(chain, "direct_sums", never)
+    found = compute_gram(path, "weights", GROUPS).sums["dd"]
+    assert np.isnan(found).sum() == 8
+    clean = compute_gram(run, "weights", GROUPS).sums["dd"]
+    np.testing.assert_allclose(found[~np.isnan(found)], clean[~np.isnan(found)], **CLOSE)
 
 
 def test_rows_that_are_all_nan_give_no_number_and_no_warning(tmp_path: Path) -> None:
