@@ -38,7 +38,7 @@ _OF_WEIGHTS = (0, 2, 3)
 
 @dataclass(frozen=True)
 class Segment:
-    """Coordinates `start` to `stop` of an inner chunk, all of one group of tensors."""
+    """Coordinates `start` to `stop` of an inner chunk, all of one group; tiles use that chunk."""
 
     chunk: int
     start: int
@@ -50,7 +50,7 @@ def direct_sums(tiles: Tiles, segment: Segment, pairs: Integers) -> Values:
     """Measure each pair on its own: ``[N, B, 5]`` as in `SUMS`, ``[N, 1, 1]`` of points."""
     shape = (len(pairs), tiles.batches, len(SUMS)) if tiles.batches else (len(pairs), 1, 1)
     sums = np.zeros(shape)
-    for w, g in tiles.rows(segment.chunk, segment.start, segment.stop):
+    for w, g in tiles.rows(segment.start, segment.stop):
         if tiles.batches:
             add_pairs(w, g, pairs, sums)
         else:
@@ -81,7 +81,7 @@ def chain_sums(tiles: Tiles, segment: Segment, pairs: Integers) -> Values:
 def batch_sums(tiles: Tiles, segment: Segment, own: slice) -> Values:
     """Multiply the batches of each row in `own` with each other: ``[n, B, B]``."""
     sums = np.zeros((own.stop - own.start, tiles.batches, tiles.batches))
-    for _, g in tiles.rows(segment.chunk, segment.start, segment.stop):
+    for _, g in tiles.rows(segment.start, segment.stop):
         by_row = g[:, own].swapaxes(0, 1)
         with np.errstate(invalid="ignore", over="ignore"):
             sums += by_row @ by_row.swapaxes(1, 2)
@@ -102,9 +102,8 @@ def _products(tiles: Tiles, segment: Segment, source: Integers) -> _Products:
     n, batches = tiles.num_rows, tiles.batches
     steps, along = np.zeros((n - 1, n - 1)), np.zeros((batches, n, n - 1))
     gradients = np.zeros((batches, n, n))
-    here = (segment.chunk, segment.start, segment.stop)
     with np.errstate(invalid="ignore", over="ignore"):
-        for d, g, joint in tiles.steps(*here, source):
+        for d, g, joint in tiles.steps(segment.start, segment.stop, source):
             if batches == 1:
                 # The same products as below, a fifth faster in one than in three.
                 product = joint @ joint.T
@@ -122,7 +121,7 @@ def _products(tiles: Tiles, segment: Segment, source: Integers) -> _Products:
 def _sound(tiles: Tiles, segment: Segment) -> NDArray[np.bool_]:
     """Which rows of weights are finite on a segment, ``[n]``."""
     sound = np.ones(tiles.num_rows, bool)
-    for w, _ in tiles.rows(segment.chunk, segment.start, segment.stop):
+    for w, _ in tiles.rows(segment.start, segment.stop):
         sound &= np.isfinite(w).all(axis=1)
     return sound
 

@@ -11,57 +11,32 @@ from __future__ import annotations
 import os
 import uuid
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
-from crc32c import crc32c
 from numpy.typing import NDArray
 
 from analyze import schedulers
 from analyze.blocks import Block, cut
-from analyze.moments import MOMENTS, moment_kind, segment_moments
+from analyze.moment_table import MOMENTS, Moments, StreamMoments
+from analyze.moments import moment_kind, segment_moments
 from analyze.references import BoundReference, Reference
 from capture.store import (
     DamagedError,
-    MappedShard,
     Run,
+    Shard,
     Stream,
     UnknownNameError,
     UsageError,
+    fetch_ahead,
     open_run,
 )
 from capture.store.layout import ITERATES, WEIGHTS
 from capture.store.place import absolute_address
-
-
-@dataclass(frozen=True)
-class StreamMoments:
-    """The moments of one stream of a run, by tensor.
-
-    `steps` is int64 ``[T]``, `batches` B or `None`. `array` is float64 ``[T, R, P, 7]``, or
-    ``[T, B, R, P, 7]`` where the stream has batches, in the order of `MOMENTS` and NaN where one
-    was not asked for. `nonfinite` is int64 without the last axis: coordinates of w, g or w* that
-    are NaN or infinite. In the stream `updates`, u stands in the place of g; `weights` has ⟨e,e⟩,
-    ⟨w,e⟩ and ⟨w,w⟩ only.
-    """
-
-    stream: str
-    steps: NDArray[np.int64]
-    batches: int | None
-    array: NDArray[np.float64]
-    nonfinite: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Moments:
-    """The moments of one run: the references as typed, and each stream by name."""
-
-    references: tuple[str, ...]
-    streams: Mapping[str, StreamMoments]
 
 
 def compute_moments(
@@ -177,6 +152,8 @@ def _measure(plan: _Plan, block: Block) -> _Partials:
     partials: _Partials = []
     with ExitStack() as stack:
         rows = [_open_row(session, block, row, stack) for row in block.rows]
+        # In the order in which they are used below; only what lies on object stores is asked for.
+        fetch_ahead([shard for weights, more in rows for shard in (weights, *more)], block.chunks)
         for chunk in block.chunks:
             references = [reference.chunk(chunk) for reference in session.references]
             cuts = session.segments[chunk][1]
@@ -191,8 +168,8 @@ def _measure(plan: _Plan, block: Block) -> _Partials:
 
 def _open_row(
     session: _Session, block: Block, row: int, stack: ExitStack
-) -> tuple[MappedShard, list[MappedShard]]:
-    """Map one row: its weights and, where the stream is not the weights, each of its batches."""
+) -> tuple[Shard, list[Shard]]:
+    """Open one row: its weights and, where the stream is not the weights, each of its batches."""
     stream = session.run.stream(block.stream)
     if stream.name in ITERATES:
         weights, gradients = stack.enter_context(stream.open(row)), []
@@ -200,15 +177,12 @@ def _open_row(
         weights = stack.enter_context(session.weights.open(session.weights_row(stream, row)))
         batches: Sequence[int | None] = [None] if stream.batches is None else range(stream.batches)
         gradients = [stack.enter_context(stream.open(row, batch)) for batch in batches]
-    if block.chunks[0] == 0:  # once per row: what is in the files beside the chunks
-        for shard in (weights, *gradients):
-            shard.verify_rest()
     return weights, gradients
 
 
 def _measure_row(
-    weights: MappedShard,
-    gradients: list[MappedShard],
+    weights: Shard,
+    gradients: list[Shard],
     chunk: int,
     references: list[NDArray[Any]],
     cuts: NDArray[np.int64],
@@ -218,13 +192,14 @@ def _measure_row(
 
     The first pass over the bytes of a shard takes their checksum as well.
     """
-    w = weights.chunk(chunk)
+    w, g = weights.chunk(chunk), None
     shape = (max(1, len(gradients)), len(references), len(cuts) - 1)
     sums, nonfinite = np.empty((*shape, len(MOMENTS))), np.empty(shape, np.int64)
     for batch, place in np.ndindex(shape[:2]):
-        gradient = gradients[batch] if gradients else None
+        if gradients and place == 0:
+            g = gradients[batch].chunk(chunk)
         found = segment_moments(
-            None if gradient is None else gradient.chunk(chunk),
+            g,
             w,
             references[place],
             cuts,
@@ -233,28 +208,14 @@ def _measure_row(
             check_gradient=place == 0,
         )
         if batch == place == 0:
-            _confirm(weights, chunk, found.weights_checksum)
-        if gradient is not None and place == 0:
-            _confirm(gradient, chunk, found.gradient_checksum)
+            weights.confirm(chunk, found.weights_checksum)
+        if gradients and place == 0:
+            gradients[batch].confirm(chunk, found.gradient_checksum)
         sums[batch, place], nonfinite[batch, place] = found.sums, found.nonfinite
+    if chunk == 0:  # once per shard: what is in the file beside the chunks
+        for shard in (weights, *gradients):
+            shard.verify_rest()
     return sums, nonfinite
-
-
-def _confirm(shard: MappedShard, chunk: int, checksum: int | None) -> None:
-    """Compare a chunk with its committed checksum; the store has the last word.
-
-    `checksum` covers the coordinates of the chunk; padding that follows them in the last chunk is
-    added here.
-    """
-    if checksum is not None:
-        grid = shard.stream.grid
-        start, stop = grid.bounds(chunk)
-        begin = shard.data_start + chunk * grid.chunk_bytes
-        used = (stop - start) * shard.stream.dtype.itemsize
-        padding = shard.raw(begin + used, begin + grid.chunk_bytes)
-        if crc32c(padding, checksum) == int(shard.commit.chunks[chunk], 16):
-            return
-    shard.verify_chunk(chunk)
 
 
 def _assemble(

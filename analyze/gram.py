@@ -25,7 +25,7 @@ from analyze import schedulers
 from analyze.blas import single_threaded
 from analyze.chain import SUMS, Segment, batch_sums, chain_sums, direct_sums
 from analyze.pair_blocks import PairBlock, choose_pairs, cut_pairs, cut_stretches
-from analyze.quantities import sum_groups
+from analyze.sums import sum_groups
 from analyze.tiles import Integers, Tiles, Values
 from capture.store import Run, open_run
 from capture.store.layout import ITERATES
@@ -161,14 +161,15 @@ def _measure(plan: _Plan, block: PairBlock) -> _Partial:
     pairs = np.zeros((len(groups), len(block.pairs), batches, len(session.columns)))
     crossed = np.zeros((len(groups), len(block.own), batches, batches))
     measure = chain_sums if plan.dense else direct_sums
-    verified = -1
+    used = -1
     with single_threaded(), Tiles(session.run, session.stream, block.rows) as tiles:
-        if block.chunks[0] == 0:
-            tiles.verify_rest()
+        tiles.fetch_ahead(block.chunks)
         for segment in segments:
-            if segment.chunk != verified:
-                tiles.verify_chunk(segment.chunk)
-                verified = segment.chunk
+            if segment.chunk != used:
+                tiles.use(segment.chunk)
+                used = segment.chunk
+                if used == 0:  # once per row: what is in the files beside the chunks
+                    tiles.verify_rest()
             place = groups.index(segment.group)
             if len(block.pairs):
                 pairs[place] += measure(tiles, segment, block.pairs)

@@ -21,14 +21,25 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from analyze import checksums
+from analyze.moment_table import (
+    GEOMETRY,
+    MOMENTS,
+    NEXT_BOTH,
+    NEXT_GRADIENT,
+    NEXT_REFERENCE,
+    WITHOUT_GRADIENT,
+)
 
-# ⟨g,e⟩ ‖g‖² ‖e‖² Σg²e² ⟨g,w⟩ ⟨w,e⟩ ‖w‖², with e = w - w*.
-MOMENTS = ("ge", "gg", "ee", "g2e2", "gw", "we", "ww")
-GEOMETRY = ("ge", "gg", "ee")
-WITHOUT_GRADIENT = ("ee", "we", "ww")
-
-_ALL, _GEOMETRY, _WITHOUT_GRADIENT = 0, 1, 2
-KINDS = {MOMENTS: _ALL, GEOMETRY: _GEOMETRY, WITHOUT_GRADIENT: _WITHOUT_GRADIENT}
+# The loops that there are: which moments are added, and whose bytes may be checked on the way.
+_LOOPS = {
+    MOMENTS: ("", "w", "g", "wg"),
+    GEOMETRY: ("", "w", "g", "wg"),
+    WITHOUT_GRADIENT: ("", "w", "g", "wg"),
+    NEXT_GRADIENT: ("", "g"),
+    NEXT_REFERENCE: ("",),
+    NEXT_BOTH: ("",),
+}
+KINDS = {moments: number for number, moments in enumerate(_LOOPS)}
 CHECK_WEIGHTS, CHECK_GRADIENT = 1, 2
 _CHECKED = {"": 0, "w": 1, "g": 2, "wg": 3} if checksums.AVAILABLE else {"": 0}
 _PLACES = {"w": 0, "g": 1}
@@ -72,7 +83,8 @@ def _add_blocks(typing, kind, check, g, w, reference, blocks, sums, states, out)
             if isinstance(array, types.Array):
                 given[name] = context.make_array(array)(context, builder, given[name]).data
         for moments, number in KINDS.items():
-            for checked, bits in _CHECKED.items():
+            for checked in (checked for checked in _LOOPS[moments] if checked in _CHECKED):
+                bits = _CHECKED[checked]
                 wanted = builder.icmp_signed("==", given["kind"], given["kind"].type(number))
                 asked = builder.icmp_signed("==", given["check"], given["check"].type(bits))
                 with builder.if_then(builder.and_(wanted, asked)):
@@ -127,7 +139,7 @@ def _emit_group(builder: Any, given: dict[str, Any], start: Any, totals: dict[st
 
     values = {"w": values_of("w")}
     values["e"] = builder.fsub(values["w"], values_of("reference"))
-    if "gg" in totals:
+    if "ge" in totals:
         values["g"] = values_of("g")
         values["p"] = builder.fmul(values["g"], values["e"])
     for name, total in totals.items():

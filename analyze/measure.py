@@ -11,22 +11,17 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.moments import MOMENTS
+from analyze.moment_table import MOMENTS
 from analyze.optimizer import group_scalar, own_path, read_optimizer
-from analyze.quantities import (
-    Values,
-    evaluate,
-    gradient_sums,
-    sum_groups,
-    unclipping,
-    update_sums,
-)
+from analyze.quantities import Values, evaluate
 from analyze.references import end_of_path
+from analyze.sums import gradient_sums, position_sums, sum_groups, unclipping, update_sums
 from capture.store.layout import ITERATES
 from capture.store.reader import Run
 
 Integers = NDArray[np.int64]
 
+_UPDATE_NORMS = "update_norm_by_tensor"
 _DECAY = {
     "coupled": "coupled: the _wd columns are of g + λw, λ by parameter group",
     "decoupled": "decoupled, no part of the gradient: _wd equals the plain columns; the update "
@@ -72,7 +67,11 @@ class Measure:
             sums = self._sums(stream, steps, named)
             if stream == "minibatch":
                 sums |= self._null_sums(reference, steps)
-            parts.append(evaluate(sum_groups(sums, groups, count)))
+            grouped = sum_groups(sums, groups, count)
+            grouped |= self._path_sums(reference, steps, groups, count)
+            if count == 1:
+                grouped |= self._gap_sums(stream, reference, steps)
+            parts.append(evaluate(grouped))
         names = list(dict.fromkeys(name for part in parts for name in part))
         for part in parts:
             self.undefined.update({n: int(np.isnan(values).sum()) for n, values in part.items()})
@@ -80,6 +79,17 @@ class Measure:
         return {
             name: np.stack([part.get(name, nothing) for part in parts], axis=-1) for name in names
         }
+
+    def update_null(self, reference: str, steps: Integers) -> tuple[Values, Values] | None:
+        """⟨u, e⟩₀ and ‖u‖²₀ by tensor, each float64 ``[N, P]``; `None` without a null.
+
+        What the updates would be if all gradients of the run were orthogonal; `nulls` tells more.
+        """
+        end, self.nulls[reference] = self._null_end(reference)
+        if end is None or isinstance(self._path, str):
+            return None
+        null = self._path.null(steps, end)
+        return null.update_dot, null.update_square
 
     def scalar(self, name: str, steps: Integers) -> Values:
         """An every-step scalar at `steps`, float64 ``[N]``; NaN where it was not recorded."""
@@ -91,7 +101,7 @@ class Measure:
 
     def _sums(self, stream: str, steps: Integers, moments: dict[str, Values]) -> dict[str, Values]:
         if stream in ITERATES:
-            return {"ee": moments["ee"]}
+            return position_sums(moments)
         if stream == "updates":
             return update_sums(moments)
         scale = np.full(len(steps), self._sign)
@@ -104,9 +114,43 @@ class Measure:
         end, self.nulls[reference] = self._null_end(reference)
         if end is None or isinstance(self._path, str):
             return {}
-        dot, grad, dist = self._path.null(steps, end)
+        null = self._path.null(steps, end)
         scale = unclipping(self.scalar("clip_factor", steps))[:, None]
-        return {"null_ge": dot * scale, "null_gg": grad * scale**2, "null_ee": dist}
+        return {
+            "null_ge": null.dot * scale,
+            "null_gg": null.grad * scale**2,
+            "null_ee": null.dist,
+        }
+
+    def _path_sums(
+        self, reference: str, steps: Integers, groups: Integers, count: int
+    ) -> dict[str, Values]:
+        """Length of the run's own path between w and w* ``[N, K]``; empty where w* is not on it."""
+        end = self._iterate(reference)
+        if end is None or _UPDATE_NORMS not in self.run.scalar_names():
+            return {}
+        norms = self.run.scalar(_UPDATE_NORMS)
+        if norms.ndim != 2 or norms.shape[1] != len(groups) or end > len(norms):
+            return {}
+        lengths = np.sqrt(sum_groups({"square": norms**2}, groups, count)["square"])
+        so_far = np.concatenate([np.zeros((1, count)), np.cumsum(lengths, axis=0)])
+        inside = np.minimum(steps, len(norms))
+        return {"path": np.abs(so_far[end] - so_far[inside])}
+
+    def _gap_sums(self, stream: str, reference: str, steps: Integers) -> dict[str, Values]:
+        """f(w) - f(w*) of each row's own batch ``[N, 1]``; empty where a loss is not kept."""
+        end, recorded = self._iterate(reference), self.run.stream(stream)
+        if end is None or recorded.losses is None or end not in recorded.steps:
+            return {}
+        losses = recorded.losses.reshape(len(recorded), -1)
+        rows = np.searchsorted(recorded.steps, steps[:: losses.shape[1]])
+        gap = losses[rows] - losses[recorded.row_of(end)]
+        return {"gap": self._sign * gap.reshape(-1, 1)}
+
+    def _iterate(self, reference: str) -> int | None:
+        """Step of a w* that is an iterate of this run's own path, else `None`."""
+        mean = reference.startswith("mean:")
+        return None if mean else end_of_path(reference, self.run.final_step)
 
     def _null_end(self, reference: str) -> tuple[int | None, str]:
         """Step N of a w* that has a null, else `None`; and what the null rests on, or why not."""
@@ -114,7 +158,7 @@ class Measure:
             return None, self._path
         if reference.startswith("mean:"):
             return None, "no null: w* is a mean, no iterate of this run's own path"
-        end, total = end_of_path(reference, self.run.final_step), len(self._path.grad_norms)
+        end, total = self._iterate(reference), len(self._path.grad_norms)
         if end is None:
             return None, "no null: w* is not known to be an iterate of this run's own path"
         if end > total:

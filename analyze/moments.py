@@ -14,15 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analyze import checksums
-from analyze.kernels import (
-    CHECK_GRADIENT,
-    CHECK_WEIGHTS,
-    GEOMETRY,
-    KINDS,
-    MOMENTS,
-    WITHOUT_GRADIENT,
-    add_moments,
-)
+from analyze.kernels import CHECK_GRADIENT, CHECK_WEIGHTS, KINDS, add_moments
+from analyze.moment_table import GEOMETRY, MOMENTS, WITHOUT_GRADIENT
 from capture.store.errors import UsageError
 
 __all__ = [
@@ -77,9 +70,11 @@ def segment_moments(
     """Sum the moments of each segment of one run of N coordinates, in float64.
 
     `gradient`, `weights` and `reference` are float32 or float64 ``[N]``, gradient and weights of
-    one dtype; `cuts` is int64 ``[S + 1]`` from 0 to N, not decreasing. Without a gradient the
-    moments are those of `WITHOUT_GRADIENT`. The result depends on the values and on `cuts` alone:
-    every segment is summed in the same order from its first coordinate on.
+    one dtype; `cuts` is int64 ``[S + 1]`` from 0 to N, not decreasing. `moments` is one of the
+    tuples of `analyze.moment_table`; those named NEXT check no weights, and but for `NEXT_GRADIENT`
+    no gradient. Without a gradient the moments are those of `WITHOUT_GRADIENT`. The result depends
+    on the values and on `cuts` alone: every segment is summed in the same order from its first
+    coordinate on.
     """
     if gradient is None:
         moments = WITHOUT_GRADIENT

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analyze.optimizer import own_path
-from analyze.quantities import Values, sum_groups
+from analyze.quantities import Values
+from analyze.sums import sum_groups
 from capture.store import Run
 
 Integers = NDArray[np.int64]
@@ -42,7 +43,8 @@ def pair_null(
         if end <= last:
             here = np.flatnonzero(pairs[:, 1] == row)
             null = path.null(steps[pairs[here, 0]], end)
-            sums = sum_groups(dict(zip(NULL_SUMS, null, strict=True)), groups, count)
+            parts = (null.dot, null.grad, null.dist)
+            sums = sum_groups(dict(zip(NULL_SUMS, parts, strict=True)), groups, count)
             for name, values in sums.items():
                 found[name][here] = values
     text = path.assumption()

@@ -19,16 +19,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 import capture
-from analyze.compute import Moments
 from analyze.gram import Gram
+from analyze.groups import Grouping, group_tensors, name_of
 from analyze.measure import Measure
 from analyze.metadata import printable
+from analyze.moment_table import Moments
 from analyze.noise import NOISE_QUANTITIES, batch_noise
 from analyze.optimizer import read_optimizer
 from analyze.pair_null import pair_null
 from analyze.pairs import PAIR_QUANTITIES, PairMeasure
-from analyze.quantities import Quantity, Values, unclipping
-from analyze.tables import METADATA_KEY, concatenate, group_tensors
+from analyze.quantities import Quantity, Values
+from analyze.sums import unclipping
+from analyze.tables import METADATA_KEY, concatenate
 from capture.store.layout import ITERATES, UPDATES
 from capture.store.reader import Run
 
@@ -80,7 +82,7 @@ def build_pairs(
     run: Run,
     grams: dict[str, Gram],
     moments: Moments,
-    by: str = "model",
+    by: Grouping = "model",
     *,
     name: str | None = None,
 ) -> PairTables:
@@ -108,7 +110,7 @@ def build_pairs(
             square = (scales[stream] ** 2)[:, None, None, None]
             found = batch_noise(gram.batch_sums * square)
             noise.append(pa.table(_noise_columns(gram, found, of_all), schema=noise_schema()))
-    facts: dict[str, Any] = {"table": PAIR_TABLE_VERSION, "by": by, "sign": SIGN}
+    facts: dict[str, Any] = {"table": PAIR_TABLE_VERSION, "by": name_of(by), "sign": SIGN}
     facts["pairs"] = {stream: len(gram.pairs) for stream, gram in grams.items()}
     counted = {**facts, "null": nulls, "nan": dict(undefined)}
     return PairTables(

@@ -22,11 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analyze.chain import SUMS as STORED
-from analyze.compute import StreamMoments
 from analyze.gram import Gram
+from analyze.moment_table import StreamMoments
 from analyze.moments import MOMENTS
 from analyze.pair_null import NULL_SUMS
-from analyze.quantities import Quantity, Sums, Values, norm, ratio, sum_groups
+from analyze.quantities import Quantity, Sums, Values, norm, ratio
+from analyze.sums import sum_groups
 from capture.store import MismatchError, Run
 from capture.store.layout import ITERATES, UPDATES
 from capture.streams import PROBES

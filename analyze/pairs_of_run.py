@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.compute import compute_moments
+from analyze.cache import Where, measured_moments
 from analyze.gram import compute_gram, regroup
-from analyze.moments import GEOMETRY
+from analyze.groups import Grouping, group_tensors, name_of
 from analyze.pair_blocks import choose_pairs
 from analyze.pair_table import PairTables, build_pairs
 from analyze.references import parse_reference
-from analyze.tables import group_tensors
 from capture.store.errors import InputError, UsageError
 from capture.store.layout import WEIGHTS
 from capture.store.reader import Run, Stream, open_run
@@ -33,23 +32,25 @@ def measure_pairs(
     *,
     streams: Sequence[str] = (),
     lags: Sequence[int] | str | None = None,
-    by: Sequence[str] = ("model",),
+    by: Sequence[Grouping] = ("model",),
     scheduler: str = "threads",
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    cache: Where = True,
 ) -> dict[str, PairTables]:
-    """Measure the pairs of saved steps of a run, and the noise of its batches, by each grouping.
+    """Measure pairs of saved steps of a run, and the noise of batches: by name of each grouping.
 
     `lags` are updates between the two steps of a pair, or ``"all"``; `None` means all where no
     stream has more than `MOST_ROWS_BY_DEFAULT` rows. Without `streams`, all of the run that have
     rows but the weights, and the weights where there are no others; `references` as typed.
     `UsageError` where the table would become too large or has to be asked for; `InputError` where
     no two steps are a lag apart; others, and scheduler, workers and progress, are those of
-    `analyze.gram.compute_gram` and `analyze.compute.compute_moments`.
+    `analyze.gram.compute_gram`, and `cache`, for the moments of the rows, that of
+    `analyze.tables.measure_run`.
     """
     parsed = [parse_reference(text) for text in dict.fromkeys(references)]
     run = open_run(path)
-    groupings = {grouping: group_tensors(run.table, grouping)[1] for grouping in by}
+    groupings = {name_of(one): group_tensors(run.table, one)[1] for one in by}
     # Tensors that are together in all of them; what these have is added up to each.
     finest = np.unique(np.stack(list(groupings.values())), axis=1, return_inverse=True)[1]
     chosen = _choose_streams(run, streams)
@@ -70,20 +71,20 @@ def measure_pairs(
         )
         for stream in chosen
     }
-    moments = compute_moments(
+    moments = measured_moments(
         path,
         list(grams),
         parsed,
-        moments=GEOMETRY,
+        where=cache,
         scheduler=scheduler,
         workers=workers,
         progress=progress,
     )
     run, tables = open_run(path), {}
-    for grouping, groups in groupings.items():
-        coarser = _coarser(finest, groups)
+    for one in by:
+        coarser = _coarser(finest, groupings[name_of(one)])
         regrouped = {name: regroup(gram, coarser) for name, gram in grams.items()}
-        tables[grouping] = build_pairs(run, regrouped, moments, grouping, name=path)
+        tables[name_of(one)] = build_pairs(run, regrouped, moments, one, name=path)
     return tables
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from analyze.groups import Grouping, group_tensors, name_of
 from analyze.metadata import printable
 from analyze.pair_table import described, texts, with_facts
 from analyze.path import COMPONENTS, PathShape, measure_path
-from analyze.tables import group_tensors
 from capture.store.reader import Run, open_run
 
 PATH_TABLE_VERSION = 1
@@ -51,7 +51,7 @@ def path_schema() -> pa.Schema:
 def measure_path_table(
     path: str,
     *,
-    by: str = "model",
+    by: Grouping = "model",
     components: int = COMPONENTS,
     scheduler: str = "threads",
     workers: int | None = None,
@@ -59,7 +59,7 @@ def measure_path_table(
 ) -> pa.Table:
     """Measure the path of a run into a table; arguments and errors as `analyze.path.measure_path`.
 
-    `by` is one of `analyze.tables.GROUPINGS`.
+    `by` as in `analyze.groups`.
     """
     labels, groups = group_tensors(open_run(path).table, by)
     steps, shapes = measure_path(
@@ -77,7 +77,7 @@ def build_path(
     run: Run,
     steps: NDArray[np.int64],
     shapes: list[PathShape],
-    by: str,
+    by: Grouping,
     *,
     labels: list[str],
     groups: NDArray[np.int64],
@@ -103,4 +103,4 @@ def build_path(
         for key in ("walked", "updated", "displaced"):
             columns[key] = pa.array(getattr(shape, key)[row])
         tables.append(pa.table(columns, schema=path_schema()))
-    return with_facts(tables, run, name, {"table": PATH_TABLE_VERSION, "by": by})
+    return with_facts(tables, run, name, {"table": PATH_TABLE_VERSION, "by": name_of(by)})

@@ -9,14 +9,14 @@ Notation, with everything summed over the coordinates of one group of tensors:
     ‖·‖₀, ⟨·,·⟩₀                 what orthogonal gradients alone would give (`analyze.controls`)
 
 A ratio whose denominator is 0 is NaN, never 0. Formulas: Guille-Escuret, Naganuma, Fatras and
-Mitliagkas, "No Wrong Turns", ICML 2024; the nulls and z are our own.
+Mitliagkas, "No Wrong Turns", ICML 2024; the aiming condition: Liu, Drusvyatskiy, Belkin, Davis and
+Ma, "Aiming towards the minimizers", NeurIPS 2023; the nulls and z are our own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,11 @@ SUMS = {
     "he": "⟨g + λw, e⟩",
     "uu": "‖u‖²",
     "ue": "⟨u, e⟩",
+    "ww": "‖w‖²",
+    "we": "⟨w, e⟩",
+    "gw": "⟨g, w⟩",
+    "path": "Σ ‖u_s‖ over the updates between w and w*",
+    "gap": "f(w) - f(w*), of the batch whose gradient g is",
     "null_gg": "‖g‖², from the every-step scalars",
     "null_ee": "‖e‖²₀",
     "null_ge": "⟨g, e⟩₀",
@@ -178,6 +183,95 @@ _UPDATE = [
     ),
 ]
 
+# Where w lies: on its sphere around 0, and on the path to w*. In scale-invariant layers g ⊥ w.
+_POSITION = [
+    Quantity("norm_weight", "‖w‖", "weight", ("ww",), lambda s: norm(s["ww"])),
+    Quantity(
+        "cosine_reference",
+        "⟨w, w*⟩ / (‖w‖ ‖w*‖)",
+        "1",
+        ("ee", "we", "ww"),
+        lambda s: ratio(s["ww"] - s["we"], norm(s["ww"]), norm(s["ww"] - 2 * s["we"] + s["ee"])),
+    ),
+    Quantity(
+        "dist_radial",
+        "⟨w, e⟩ / ‖w‖, the part of e along w",
+        "weight",
+        ("we", "ww"),
+        lambda s: ratio(s["we"], norm(s["ww"])),
+    ),
+    Quantity(
+        "dist_tangential",
+        "√(‖e‖² - dist_radial²), the part of e at right angles to w",
+        "weight",
+        ("ee", "we", "ww"),
+        lambda s: norm(np.maximum(s["ee"] - ratio(s["we"] ** 2, s["ww"]), 0.0)),
+    ),
+    Quantity(
+        "cosine_radial",
+        "⟨g, w⟩ ⟨w, e⟩ / (‖w‖² ‖g‖ ‖e‖), what the parts along w give to the cosine",
+        "1",
+        ("gw", "we", "ww", "gg", "ee"),
+        lambda s: ratio(s["gw"] * s["we"], s["ww"], norm(s["gg"]), norm(s["ee"])),
+    ),
+    Quantity(
+        "cosine_tangential",
+        "cosine - cosine_radial, what the parts at right angles to w give to it",
+        "1",
+        ("gw", "we", "ww", "ge", "gg", "ee"),
+        lambda s: ratio(s["ge"] - ratio(s["gw"] * s["we"], s["ww"]), norm(s["gg"]), norm(s["ee"])),
+    ),
+    Quantity(
+        "path_length",
+        "Σ ‖u_s‖ over the updates between w and w*, from the every-step scalars",
+        "weight",
+        ("path",),
+        lambda s: s["path"],
+    ),
+    Quantity(
+        "straightness",
+        "‖e‖ / path_length, 1 on a straight line",
+        "1",
+        ("ee", "path"),
+        lambda s: ratio(norm(s["ee"]), s["path"]),
+    ),
+]
+
+_SHARE = Quantity(
+    "own_share",
+    "a_t ‖g‖² / ⟨g, e⟩ = lolr_null / lolr: arithmetic, how much of ⟨g, e⟩ the steps along g itself "
+    "account for; can exceed 1, and is no evidence about the landscape",
+    "1",
+    ("null_ge", "ge"),
+    lambda s: ratio(s["null_ge"], s["ge"]),
+)
+
+# Of the whole model only: f is no sum over tensors.
+_LOSSES = [
+    Quantity(
+        "loss_gap",
+        "f(w) - f(w*), f the mean loss of the row's own batch; negated where it is maximized",
+        "loss",
+        ("gap",),
+        lambda s: s["gap"],
+    ),
+    Quantity(
+        "star_convexity",
+        "⟨g, e⟩ - (f(w) - f(w*)), at least 0 where f is star-convex towards w*, seen from w",
+        "loss",
+        ("ge", "gap"),
+        lambda s: s["ge"] - s["gap"],
+    ),
+    Quantity(
+        "aiming",
+        "⟨g, e⟩ / (f(w) - f(w*)), θ of the aiming condition ⟨g, e⟩ ≥ θ (f(w) - f(w*)); read it "
+        "where the loss gap is positive",
+        "1",
+        ("ge", "gap"),
+        lambda s: ratio(s["ge"], s["gap"]),
+    ),
+]
+
 # In the order of the table's columns.
 QUANTITIES: tuple[Quantity, ...] = (
     Quantity("norm_dist", "‖e‖", "weight", ("ee",), lambda s: norm(s["ee"])),
@@ -185,6 +279,9 @@ QUANTITIES: tuple[Quantity, ...] = (
     *_NULL,
     *_direction("he", "hh", "h", "_wd", " with h = g + λw, λ of coupled weight decay"),
     *_UPDATE,
+    _SHARE,
+    *_POSITION,
+    *_LOSSES,
 )
 
 
@@ -201,53 +298,5 @@ def evaluate(sums: Sums) -> dict[str, Values]:
     }
 
 
-def unclipping(clip: Values) -> Values:
-    """What to multiply a stored gradient with: 1 / `clip`, and 1 where that is not known."""
-    known = np.isfinite(clip) & (clip > 0)
-    return 1.0 / np.where(known, clip, 1.0)
-
-
-def gradient_sums(moments: Mapping[str, Values], decay: Values, scale: Values) -> dict[str, Values]:
-    """Turn the stored moments of a gradient into the sums above, still by tensor.
-
-    `moments` are those of `analyze.moments.MOMENTS`, each ``[..., P]``. `decay` is the coupled λ
-    of each tensor and `scale` takes the stored gradient to g: both broadcast against them.
-    """
-    with np.errstate(all="ignore"):
-        ge, gg = moments["ge"] * scale, moments["gg"] * scale**2
-        he = ge + decay * moments["we"]
-        hh = gg + 2 * decay * moments["gw"] * scale + decay**2 * moments["ww"]
-        return {
-            "ee": moments["ee"],
-            "gg": gg,
-            "ge": ge,
-            "g2e2": moments["g2e2"] * scale**2,
-            # Without decay exactly the plain ones, even where w is NaN.
-            "hh": np.where(decay == 0, gg, hh),
-            "he": np.where(decay == 0, ge, he),
-        }
-
-
-def update_sums(moments: Mapping[str, Values]) -> dict[str, Values]:
-    """Name the stored moments of an update as sums, by tensor ``[..., P]``."""
-    return {"ee": moments["ee"], "uu": moments["gg"], "ue": moments["ge"]}
-
-
-def sum_groups(sums: Sums, groups: NDArray[Any], count: int) -> dict[str, Values]:
-    """Add the tensors ``[..., P]`` of each group to ``[..., count]``; `groups` is int ``[P]``.
-
-    Tensors are added in the order of the table, so equal inputs give equal bytes.
-    """
-    return {name: _add(value, groups, count) for name, value in sums.items()}
-
-
 def _finite(values: Values) -> Values:
     return np.where(np.isfinite(values), values, np.nan)
-
-
-def _add(values: Values, groups: NDArray[Any], count: int) -> Values:
-    out = np.zeros((*values.shape[:-1], count))
-    with np.errstate(all="ignore"):
-        for tensor, group in enumerate(groups):
-            out[..., group] += values[..., tensor]
-    return out

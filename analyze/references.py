@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,6 +52,9 @@ class Reference(Protocol):
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`; an `InputError` where it is not there or does not fit the run."""
 
+    def identity(self, run: Run) -> str:
+        """Say what w* is made of: equal for equal bytes, however it was typed; errors as `bind`."""
+
 
 @dataclass(frozen=True)
 class FinalReference:
@@ -61,6 +65,10 @@ class FinalReference:
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`."""
         return _Rows(run, run, [run.final_row()])
+
+    def identity(self, run: Run) -> str:
+        """Tell by the checksums of the row."""
+        return _identity(run, [run.final_row()])
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,10 @@ class StepReference:
         """Open for `run`."""
         return _Rows(run, run, [run.stream(WEIGHTS).row_of(self.step)])
 
+    def identity(self, run: Run) -> str:
+        """Tell by the checksums of the row."""
+        return _identity(run, [run.stream(WEIGHTS).row_of(self.step)])
+
 
 @dataclass(frozen=True)
 class MeanReference:
@@ -84,6 +96,13 @@ class MeanReference:
 
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`."""
+        return _Rows(run, run, self._rows(run))
+
+    def identity(self, run: Run) -> str:
+        """Tell by the checksums of the rows."""
+        return _identity(run, self._rows(run))
+
+    def _rows(self, run: Run) -> range:
         last = run.final_row()
         if self.count > last + 1:
             raise UnknownNameError(
@@ -91,7 +110,7 @@ class MeanReference:
                 where=run.path,
                 fix=f"use mean:{last + 1} or less",
             )
-        return _Rows(run, run, range(last + 1 - self.count, last + 1))
+        return range(last + 1 - self.count, last + 1)
 
 
 @dataclass(frozen=True)
@@ -104,6 +123,15 @@ class RunReference:
 
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`; `MismatchError` where the two runs' tensors differ."""
+        other, row = self._row(run)
+        return _Rows(run, other, [row])
+
+    def identity(self, run: Run) -> str:
+        """Tell by the checksums of the row."""
+        other, row = self._row(run)
+        return _identity(other, [row])
+
+    def _row(self, run: Run) -> tuple[Run, int]:
         other = open_run(self.path)
         difference = run.table.difference(other.table)
         if difference is not None:
@@ -114,7 +142,7 @@ class RunReference:
             )
         step = self.step
         row = other.final_row() if step is None else other.stream(WEIGHTS).row_of(step)
-        return _Rows(run, other, [row])
+        return other, row
 
 
 @dataclass(frozen=True)
@@ -127,6 +155,11 @@ class FileReference:
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`; `MismatchError` names the first missing or differing tensor."""
         return TensorFile(Path(self.path), run)
+
+    def identity(self, run: Run) -> str:
+        """Tell by the checksum of the whole file."""
+        with closing(TensorFile(Path(self.path), run)) as file:
+            return file.identity()
 
 
 def parse_reference(text: str) -> Reference:
@@ -157,6 +190,13 @@ def end_of_path(reference: str, final_step: int | None) -> int | None:
     if kind == "step":
         return int(value)
     return final_step if kind in ("final", "mean") else None
+
+
+def _identity(source: Run, rows: Sequence[int]) -> str:
+    """Name rows of the weights by their checksums and by how their chunks are cut."""
+    weights = source.stream(WEIGHTS)
+    kept = [(commit.rest, commit.chunks) for commit in (weights.commits[row] for row in rows)]
+    return f"rows {kept!r}"
 
 
 def _is_count(text: str) -> bool:
@@ -203,7 +243,8 @@ class _Rows:
             total[low - start : high - start] += values[low - first : high - first]
 
     def _verified_chunk(self, number: int, chunk: int) -> NDArray[Any]:
+        values = self._shards[number].chunk(chunk)
         if not self._verified[number][chunk]:
             self._shards[number].verify_chunk(chunk)
             self._verified[number][chunk] = True
-        return self._shards[number].chunk(chunk)
+        return values

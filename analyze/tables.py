@@ -21,24 +21,24 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 import capture
-from analyze.compute import Moments, StreamMoments, compute_moments
+from analyze.cache import Where, measured_moments
+from analyze.groups import Grouping, group_tensors, name_of
 from analyze.measure import Measure
 from analyze.metadata import flaw, printable
-from analyze.moments import MOMENTS
-from analyze.quantities import QUANTITIES, SIGN, sum_groups
+from analyze.moment_table import MOMENTS, Moments, StreamMoments
+from analyze.quantities import QUANTITIES, SIGN
 from analyze.references import parse_reference
+from analyze.sums import sum_groups
 from analyze.tensor_file import open_regular
 from capture.store.errors import InputError
 from capture.store.files import write_durably
 from capture.store.layout import WEIGHTS
 from capture.store.reader import Run, open_run
-from capture.store.tensors import TensorTable
 
 Integers = NDArray[np.int64]
 
 METADATA_KEY = b"straightway"
 TABLE_VERSION = 1
-GROUPINGS = ("model", "layer", "tensor")
 _AGAIN = "make it again from the run"
 
 # Name, type, unit and meaning of the columns before and after the quantities.
@@ -76,8 +76,10 @@ def schema() -> pa.Schema:
     )
 
 
-def build(run: Run, moments: Moments, by: str = "model", *, name: str | None = None) -> pa.Table:
-    """Make the table of one run from its moments; `by` is one of `GROUPINGS`.
+def build(
+    run: Run, moments: Moments, by: Grouping = "model", *, name: str | None = None
+) -> pa.Table:
+    """Make the table of one run from its moments; `by` as in `analyze.groups`.
 
     `name` is what the column `run` says, by default the path of the run.
     """
@@ -99,7 +101,7 @@ def build(run: Run, moments: Moments, by: str = "model", *, name: str | None = N
     metadata = {
         "table": TABLE_VERSION,
         "version": capture.__version__,
-        "by": by,
+        "by": name_of(by),
         "sign": SIGN,
         "runs": [{**own, **entry, "weight_decay": measure.decay_note}],
         "null": {f"{name}|{reference}": text for reference, text in measure.nulls.items()},
@@ -114,16 +116,19 @@ def measure_run(
     references: Sequence[str] = ("final",),
     *,
     streams: Sequence[str] = (),
-    by: Sequence[str] = ("model",),
+    by: Sequence[Grouping] = ("model",),
     scheduler: str = "threads",
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    cache: Where = True,
 ) -> dict[str, pa.Table]:
-    """Measure a run in one pass over its bytes: one table for each grouping in `by`.
+    """Measure a run in one pass over its bytes: one table for each grouping in `by`, by its name.
 
     Without `streams`, all of the run that have rows but the weights, and the weights where there
-    are no others; `references` as typed. Errors, scheduler, workers and progress are those of
-    `compute_moments`; `InputError` where nothing is recorded in the streams.
+    are no others; `references` as typed. What was summed before is not summed again: moments are
+    kept in the folder NAME.moments beside the run, below the folder `cache` where it is a path, or
+    neither looked up nor kept where it is `False`. Errors, scheduler, workers and progress are
+    those of `compute_moments`; `InputError` where nothing is recorded in the streams.
     """
     parsed = [parse_reference(text) for text in dict.fromkeys(references)]
     run = open_run(path)
@@ -135,12 +140,18 @@ def measure_run(
             where=path,
             fix="choose another --stream, or wait until something is recorded",
         )
-    moments = compute_moments(
-        path, chosen, parsed, scheduler=scheduler, workers=workers, progress=progress
+    moments = measured_moments(
+        path,
+        chosen,
+        parsed,
+        where=cache,
+        scheduler=scheduler,
+        workers=workers,
+        progress=progress,
     )
     # Opened again: a run that is still recording has written more by now.
     run = open_run(path)
-    return {grouping: build(run, moments, grouping, name=path) for grouping in by}
+    return {name_of(grouping): build(run, moments, grouping, name=path) for grouping in by}
 
 
 def concatenate(tables: Sequence[pa.Table]) -> pa.Table:
@@ -193,20 +204,6 @@ def read_metadata(table: pa.Table) -> dict[str, Any]:
     """Return the facts in a table's metadata: runs, nulls, sign convention, counts of NaN."""
     document: dict[str, Any] = json.loads(table.schema.metadata[METADATA_KEY])
     return document
-
-
-def group_tensors(table: TensorTable, by: str) -> tuple[list[str], Integers]:
-    """Name the groups in order of appearance, and give the group of each tensor, int64 ``[P]``.
-
-    A layer is what comes before the last dot of a name; a tensor at the root is its own layer.
-    """
-    labels = {
-        "model": ["model"] * len(table.names),
-        "layer": [name.rpartition(".")[0] or name for name in table.names],
-        "tensor": list(table.names),
-    }[by]
-    distinct = list(dict.fromkeys(labels))
-    return distinct, np.array([distinct.index(label) for label in labels], np.int64)
 
 
 def _block(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from crc32c import crc32c
 from numpy.typing import NDArray
 
 from capture.store import DamagedError, InputError, MismatchError, Run, Tensor
@@ -16,6 +17,7 @@ from capture.store.layout import WEIGHTS
 from capture.store.plain import Entry, header_length, parse_header
 
 _STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_PART_BYTES = 2**24
 _REMEDY = "check that it is a whole safetensors file"
 
 
@@ -49,6 +51,14 @@ class TensorFile:
             part = range(int(low - offsets[tensor]), int(high - offsets[tensor]))
             values[low - start : high - start] = self._read(self._entries[tensor], part)
         return values
+
+    def identity(self) -> str:
+        """Name the file by its size and the crc32c of all its bytes."""
+        size = os.fstat(self._file).st_size
+        checksum = 0
+        for start in range(0, size, _PART_BYTES):
+            checksum = crc32c(os.pread(self._file, _PART_BYTES, start), checksum)
+        return f"file of {size} bytes, crc32c {checksum:08x}"
 
     def close(self) -> None:
         """Close the file."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analyze.pair_kernels import load_rows, load_steps
-from capture.store import DamagedError, MappedShard, Run, Stream, UnknownNameError
+from capture.store import DamagedError, Run, Shard, Stream, UnknownNameError, fetch_ahead
 from capture.store.layout import ITERATES, WEIGHTS
 
 Values = NDArray[np.float64]
@@ -39,7 +39,7 @@ class Tiles:
         with ExitStack() as stack:
             if stream.name in ITERATES:
                 self._weights = [stack.enter_context(stream.open(row)) for row in numbers]
-                self._gradients: list[list[MappedShard]] = []
+                self._gradients: list[list[Shard]] = []
             else:
                 weights = run.stream(WEIGHTS)
                 of_step = [weights_row(run, stream, row) for row in numbers]
@@ -51,6 +51,8 @@ class Tiles:
                 ]
             self._stack = stack.pop_all()
         self.batches = len(self._gradients)
+        self._views: list[NDArray[Any]] = []
+        self._at = (np.empty(0, np.uint64),) * 2
         self._like = np.empty(0, stream.dtype)
         self._length = _tile_length(self.num_rows * (1 + self.batches))
 
@@ -60,23 +62,31 @@ class Tiles:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def fetch_ahead(self, chunks: range) -> None:
+        """Send for what is on an object store; `use` then takes these chunks up in this order."""
+        fetch_ahead(self._shards(), chunks)
+
     def verify_rest(self) -> None:
         """Verify what is in the files beside the chunks."""
         for shard in self._shards():
             shard.verify_rest()
 
-    def verify_chunk(self, chunk: int) -> None:
-        """Verify an inner chunk of all rows."""
-        for shard in self._shards():
+    def use(self, chunk: int) -> None:
+        """Take an inner chunk of all rows up, verified; from an object store it is fetched here."""
+        count, shards = len(self._weights), self._shards()
+        views = [shard.chunk(chunk) for shard in shards]
+        for shard in shards:
             shard.verify_chunk(chunk)
+        # Kept for as long as their addresses are in use.
+        self._views = views
+        self._at = _addresses(views[:count]), _addresses(views[count:])
 
-    def rows(self, chunk: int, start: int, stop: int) -> Iterator[tuple[Values, Values]]:
-        """Give w ``[n, c]`` and g ``[B, n, c]`` on coordinates `start` to `stop` of a chunk.
+    def rows(self, start: int, stop: int) -> Iterator[tuple[Values, Values]]:
+        """Give w ``[n, c]`` and g ``[B, n, c]`` on coordinates `start` to `stop` of the chunk.
 
         Contiguous float64; each tile overwrites the one before.
         """
-        views = self._views(chunk)
-        weights, gradients = map(_addresses, views)
+        weights, gradients = self._at
         for low, joint in self._memory(len(weights) + len(gradients), start, stop):
             w, g = joint[: self.num_rows], joint[self.num_rows :]
             load_rows(weights + self._bytes(low), self._like, w)
@@ -84,15 +94,14 @@ class Tiles:
             yield w, g.reshape(self.batches, *w.shape)
 
     def steps(
-        self, chunk: int, start: int, stop: int, source: Integers
+        self, start: int, stop: int, source: Integers
     ) -> Iterator[tuple[Values, Values, Values]]:
         """Give d ``[n - 1, c]`` and g ``[B, n, c]``, as `rows` does, and both as one matrix.
 
         d are the weights of each row less those of the row before, where the weights of row i are
         those of row ``source[i]``. The matrix is ``[n - 1 + B n, c]``, d above g.
         """
-        views = self._views(chunk)
-        weights, gradients = map(_addresses, views)
+        weights, gradients = self._at
         for low, joint in self._memory(self.num_rows - 1 + len(gradients), start, stop):
             d, g = joint[: self.num_rows - 1], joint[self.num_rows - 1 :]
             load_steps(weights[source] + self._bytes(low), self._like, d)
@@ -110,17 +119,7 @@ class Tiles:
             width = min(length, stop - low)
             yield low, memory[: rows * width].reshape(rows, width)
 
-    def _views(self, chunk: int) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
-        """The chunk of each row of weights and of all gradients.
-
-        To be kept for as long as their addresses are in use.
-        """
-        gradients = [shard for batch in self._gradients for shard in batch]
-        return [shard.chunk(chunk) for shard in self._weights], [
-            shard.chunk(chunk) for shard in gradients
-        ]
-
-    def _shards(self) -> Sequence[MappedShard]:
+    def _shards(self) -> Sequence[Shard]:
         return [*self._weights, *(shard for batch in self._gradients for shard in batch)]
 
 

@@ -45,7 +45,7 @@ class GradientWatch:
         """Take the gradients as they are now for unchanged."""
         self._noted = [_mark(parameter.grad) for parameter in self._parameters]
 
-    def known(self, clip_factor: float) -> float:
+    def known(self, clip_factor: float | Tensor) -> float | Tensor:
         """Return `clip_factor`, or NaN, with one warning, where the loop changed a gradient."""
         if not self._changed():
             return clip_factor

@@ -5,6 +5,8 @@ several times as much as what is done here: dot products of short pieces, in the
 run, are added in float64. Relative error for float64 below 1e-14; for float32 about 1e-8, and below
 1e-6 where all numbers are nearly equal and rounding adds up.
 
+On a GPU the sums are float64 throughout, and nothing is read from it.
+
 On the CPU this is numpy, as fast as the memory, with two threads for large tensors: on a busy
 machine torch's threads wait for each other, once per chunk, and take five times as long. The
 pieces are also too short for BLAS to start threads of its own, which it does beyond 10,000 numbers.
@@ -38,20 +40,22 @@ class Norms:
         self._dtype = dtype
         self._scratch = torch.empty(CHUNK_ELEMENTS, dtype=dtype).numpy()
 
-    def of(self, tensors: Sequence[Tensor | None]) -> NDArray[np.float64]:
-        """Norm of each tensor, float64 ``[P]``; 0 for `None`."""
+    def of(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Norm of each tensor, float64 ``[P]``; 0 for `None`.
+
+        On the first GPU of those that the tensors are on, without waiting for it; else on the CPU.
+        """
         # Of a sparse gradient only the stored values count, once duplicates are added up.
         dense = [t.coalesce().values() if t is not None and t.is_sparse else t for t in tensors]
-        if any(tensor is not None and tensor.is_cuda for tensor in dense):
-            return self._on_device(dense)
-        return np.array([0.0 if tensor is None else self._of_one(tensor) for tensor in dense])
+        home = next((t.device for t in dense if t is not None and t.is_cuda), None)
+        if home is not None:
+            return self._on_device(dense, home)
+        return _vector([0.0 if tensor is None else self._of_one(tensor) for tensor in dense])
 
-    def of_differences(
-        self, left: Sequence[Tensor], right: Sequence[Tensor]
-    ) -> NDArray[np.float64]:
+    def of_differences(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """Norm of each ``left - right``, both on the CPU, without a temporary of their size."""
         pairs = zip(left, right, strict=True)
-        return np.array([self.of_sum(one, other, -1.0) for one, other in pairs])
+        return _vector([self.of_sum(one, other, -1.0) for one, other in pairs])
 
     def of_sum(self, tensor: Tensor, other: Tensor, factor: float) -> float:
         """Norm of ``tensor + factor * other``, both on the CPU, without such a temporary."""
@@ -69,15 +73,34 @@ class Norms:
             total = _sum_of_squares(values, added, factor, wide)
         return math.sqrt(total)
 
-    def _on_device(self, tensors: Sequence[Tensor | None]) -> NDArray[np.float64]:
-        """One fused reduction per device and one transfer each; there the sums are trees."""
-        values = np.zeros(len(tensors))
-        present = [(row, tensor) for row, tensor in enumerate(tensors) if tensor is not None]
-        for device in {tensor.device for _, tensor in present}:
-            here = [(row, tensor) for row, tensor in present if tensor.device == device]
-            found = torch._foreach_norm([tensor for _, tensor in here], 2, self._dtype)
-            values[[row for row, _ in here]] = torch.stack(found).double().cpu().numpy()
-        return values
+    def _on_device(self, tensors: Sequence[Tensor | None], home: torch.device) -> Tensor:
+        """One fused reduction for each GPU, gathered on `home`; there the sums are trees."""
+        found = [torch.zeros((), dtype=torch.float64, device=home)] * len(tensors)
+        rows: dict[torch.device, list[int]] = {}
+        for row, tensor in enumerate(tensors):
+            if tensor is not None and tensor.numel():
+                rows.setdefault(tensor.device, []).append(row)
+        for device, here in rows.items():
+            for row, norm in zip(here, self._of_device(tensors, here, device, home), strict=True):
+                found[row] = norm
+        return torch.stack(found)
+
+    def _of_device(
+        self,
+        tensors: Sequence[Tensor | None],
+        rows: Sequence[int],
+        device: torch.device,
+        home: torch.device,
+    ) -> Sequence[Tensor]:
+        """Norms of the tensors of one device, each as a scalar on `home`."""
+        here = [tensor for tensor in (tensors[row] for row in rows) if tensor is not None]
+        if device.type == "cpu":
+            norms = _vector([self._of_one(tensor) for tensor in here])
+            return norms.to(home, non_blocking=True).unbind()
+        norms_here = torch._foreach_norm(here, 2, torch.float64)
+        if device == home:
+            return norms_here
+        return torch.stack(norms_here).to(home, non_blocking=True).unbind()
 
 
 class WeightsCopy:
@@ -113,21 +136,28 @@ class WeightsCopy:
         self._kept = staged
 
     def updates(self, parameters: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-        """Compute ``w_{t+1} - w_t`` by tensor into `out`, on the weights' own device."""
+        """Compute ``w_{t+1} - w_t`` by tensor into `out`, all of them on the CPU."""
         for new, old, change in zip(parameters, self._kept, out, strict=True):
             torch.sub(new, old, out=change)
 
     def take_updates(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Turn the copy of w_t into ``w_{t+1} - w_t``, in place, and return it by tensor."""
         assert self._copies, "w_t was not kept"
-        self.updates(parameters, self._copies)
+        # Two operations for all tensors on a GPU, where one for each would take longer to start
+        # than to run; -w_t + w_{t+1} rounds as the difference does.
+        torch._foreach_neg_(self._copies)
+        torch._foreach_add_(self._copies, list(parameters))
         return self._copies
 
-    def update_norms(self, parameters: Sequence[Tensor]) -> NDArray[np.float64]:
+    def update_norms(self, parameters: Sequence[Tensor]) -> Tensor:
         """Compute ``‖w_{t+1} - w_t‖`` by tensor, float64 ``[P]``; w_t may be lost over it."""
         if any(parameter.is_cuda for parameter in parameters):
             return self._norms.of(self.take_updates(parameters))
         return self._norms.of_differences(parameters, self._kept)
+
+
+def _vector(norms: Sequence[float]) -> Tensor:
+    return torch.from_numpy(np.array(norms, dtype=np.float64))
 
 
 def _flat(tensor: Tensor, in_memory_order: bool) -> NDArray[Any]:

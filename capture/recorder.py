@@ -54,7 +54,7 @@ from capture.sources import Source, require_sources
 from capture.state import load_newest
 from capture.store import SnapshotQueue, StraightwayError
 from capture.store.layout import WEIGHTS
-from capture.store.place import place_of, remove
+from capture.store.place import remove, target_of
 from capture.streams import MINIBATCH
 
 logger = logging.getLogger("capture")
@@ -99,7 +99,10 @@ class Recorder:
 
     Leaving the `with` block saves w_T and marks the run complete; after an exception it stays
     incomplete, or is removed again if it holds nothing yet. Under `torch.distributed` only rank 0
-    writes. Memory: on the host two buffers of the size of a saved row for each stream; and, unless
+    writes. On a GPU only steps that save a row wait for the device, for its copy; and, under a
+    `GradScaler`, those of a fused optimizer, which must know whether the step counts.
+
+    Memory: on the host two buffers of the size of a saved row for each stream; and, unless
     `torch.optim.SGD` itself tells what each update did, one copy of the trainable weights beside
     the model, on its device.
 
@@ -133,7 +136,7 @@ class Recorder:
         clipped: bool | None = None,
         sources: Mapping[str, Source] | None = None,
     ) -> None:
-        self.path = place_of(path)
+        self.path = target_of(path)
         self.step = 0
         self.complete = False
         self.restored: dict[str, Any] | None = None
@@ -151,6 +154,7 @@ class Recorder:
         self._logged: dict[str, float | Tensor] = {}
         self._clip_factor: float | Tensor | None = None
         self._update = Update(0, None, math.nan)
+        self._skipped = False
         self._hooks: StepHooks | None = None
         self._watch: GradientWatch | None = None
         self._snapshots: Snapshots | None = None
@@ -204,8 +208,9 @@ class Recorder:
         """Keep scalars of the coming update, the loss above all: call it before the step."""
         for name, value in values.items():
             require_scalar(name, value)
-            # A tensor may be reused before the step, and is brought to the host only then.
-            self._logged[name] = value.detach().clone() if isinstance(value, Tensor) else value
+            # A tensor may be reused before the step. One on a GPU is not waited for.
+            kept = value.detach().clone().reshape(()) if isinstance(value, Tensor) else value
+            self._logged[name] = kept
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip like `torch.nn.utils.clip_grad_norm_` over all trainable tensors; keep the factor.
@@ -272,21 +277,26 @@ class Recorder:
             self._states.finish()
         if "loss" not in self._logged and isinstance(loss, float | Tensor):
             self.log(loss=loss)
-        clip_factor = self._unclipped if self._clip_factor is None else float(self._clip_factor)
-        if self._watch is not None and not self._is_skipped():
-            clip_factor = self._watch.known(clip_factor)
+        clip_factor = self._unclipped if self._clip_factor is None else self._clip_factor
         # A fused optimizer under a GradScaler unscales within its kernel, so here that is undone.
+        # Whether its step counts is known on the device alone: this one wait cannot be avoided.
+        self._skipped = self._is_skipped()
         scale = getattr(self._seen.optimizer, "grad_scale", None)
         scale = None if scale is None else float(scale)
+        if self._watch is not None and not self._skipped:
+            clip_factor = self._watch.known(clip_factor)
         self._update = Update(self.step, self.epoch, clip_factor, scale)
-        if self._snapshots is not None and not self._is_skipped():
+        if self._snapshots is not None and not self._skipped:
             self._snapshots.begin(self._update)
 
     @torch.no_grad()
     def _after_step(self) -> None:
-        logged = {name: float(value) for name, value in self._logged.items()}
+        logged = {
+            name: value if isinstance(value, Tensor) else float(value)
+            for name, value in self._logged.items()
+        }
         self._logged, self._clip_factor = {}, None
-        if self._is_skipped():
+        if self._skipped:
             return
         if self._snapshots is not None:
             self._snapshots.end(self._update, logged)
@@ -342,7 +352,7 @@ class Recorder:
         if snapshots is None:
             return
         try:
-            snapshots.queue.drain()
+            snapshots.rescue()
             self._writer.flush()
             self._states.note_missing()
             if self._created and holds_nothing(self._writer):

@@ -79,7 +79,7 @@ class ResumeStates:
     def save(self, moment: Moment, extra: Mapping[str, Any]) -> None:
         """Save a state, once every row before it is on disk."""
         self._begun = None
-        self._snapshots.queue.drain()
+        self._snapshots.drain()
         self._writer.flush()
         self.note_missing()
         tree = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import Counter
@@ -13,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from capture.describe import Description
 from capture.norms import Norms, WeightsCopy
+from capture.scalars import PendingScalars, on_device
 from capture.schedule import Schedule, parse_schedule
 from capture.sources import Source, gradient_of, loss_of
 from capture.staging import HostCopies
@@ -24,6 +26,8 @@ from capture.store import SnapshotQueue, Staging, UsageError
 from capture.store.layout import METADATA, UPDATES, WEIGHTS
 from capture.streams import MINIBATCH, parse_streams
 from capture.update_norms import SgdUpdateNorms
+
+logger = logging.getLogger("capture")
 
 MAX_NAME = 100
 
@@ -44,7 +48,7 @@ class Update:
 
     step: int
     epoch: float | None
-    clip_factor: float
+    clip_factor: float | Tensor
     scale: float | None = None
     told: bool = False
     streams: list[str] = field(default_factory=list)
@@ -69,6 +73,7 @@ class Snapshots:
         sources: Mapping[str, Source],
     ) -> None:
         self.queue = queue
+        self.scalars = PendingScalars(self._write_scalars)
         self.held_seconds = 0.0
         self.epoch_begun: int | None = None
         self.gradient_missing: Counter[str] = Counter()
@@ -96,8 +101,10 @@ class Snapshots:
         gradients = [parameter.grad for parameter in self._seen.parameters]
         named = zip(self._seen.table.names, gradients, strict=True)
         update.missing = [name for name, gradient in named if gradient is None]
-        grad_norms = self._norms.of(gradients) / (update.scale or 1.0)
-        update.scalars = {**self._settings(update), **_by_tensor("grad_norm", grad_norms)}
+        grad_norms = self._norms.of(gradients)
+        if update.scale:
+            grad_norms = grad_norms / update.scale
+        update.scalars = {**self._settings(update), "grad_norm_by_tensor": grad_norms}
         update.streams = self._due(update)
         with self._holding():
             for stream in self._staged_here(update):
@@ -114,7 +121,7 @@ class Snapshots:
         elif not update.told or UPDATES in update.streams:
             self._weights.keep(self._seen.parameters)
 
-    def end(self, update: Update, logged: Mapping[str, float]) -> None:
+    def end(self, update: Update, logged: Mapping[str, float | Tensor]) -> None:
         """Take what the update did, and hand everything to the writer thread."""
         changes = None
         if UPDATES in update.streams:
@@ -124,17 +131,32 @@ class Snapshots:
         for stream in self._staged_here(update):
             staging = self._staged.pop(stream)
             self.queue.submit(stream, staging, step=update.step, epoch=update.epoch)
-        scalars = {**update.scalars, **_by_tensor("update_norm", update_norms), **logged}
-        self.queue.scalars(update.step, scalars)
+        scalars = {**update.scalars, "update_norm_by_tensor": update_norms, **logged}
+        self.scalars.add(update.step, scalars)
         self.gradient_missing.update(update.missing)
         self.epoch_begun = _whole(update.epoch)
 
     def final(self, step: int, epoch: float | None) -> None:
         """Save w_T, the last row of the weights, and wait until everything is on disk."""
+        self.scalars.flush()
         self._seen.check_unchanged()
         self._copy_weights(self._acquire(WEIGHTS))
         self.queue.submit(WEIGHTS, self._staged.pop(WEIGHTS), step=step, epoch=epoch)
         self._measure(step, epoch, list(self._sources))
+        self.drain()
+
+    def drain(self) -> None:
+        """Wait until all that was recorded so far is on disk."""
+        self.scalars.flush()
+        self.queue.drain()
+
+    def rescue(self) -> None:
+        """Bring to disk what can still be had, after an error of the loop."""
+        try:
+            self.scalars.flush()
+        except RuntimeError as error:  # of the device: what was still there is lost
+            lost = len(self.scalars)
+            logger.warning("the scalars of the last %d updates are lost: %s", lost, error)
         self.queue.drain()
 
     def concerns(self, step: int) -> list[str]:
@@ -190,17 +212,24 @@ class Snapshots:
     def _settings(self, update: Update) -> dict[str, Any]:
         """The scalars known before the update, NaN where unknown."""
         groups = self._seen.optimizer.param_groups
-        rates = [float(group.get("lr", math.nan)) for group in groups]
         return {
             "loss": math.nan,
             "epoch": math.nan if update.epoch is None else update.epoch,
-            "lr": rates[0],
             "clip_factor": update.clip_factor,
-            "group_lr": rates,
+            "group_lr": _row([group.get("lr", math.nan) for group in groups]),
             # Momentum of SGD and its like; 0 for optimizers without it, such as Adam.
-            "group_momentum": [float(group.get("momentum", 0.0)) for group in groups],
-            "group_weight_decay": [float(group.get("weight_decay", 0.0)) for group in groups],
+            "group_momentum": _row([group.get("momentum", 0.0) for group in groups]),
+            "group_weight_decay": _row([group.get("weight_decay", 0.0) for group in groups]),
         }
+
+    def _write_scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Queue the scalars of an update, now on the host, with those that follow from them."""
+        own = {
+            "lr": float(values["group_lr"][0]),
+            "grad_norm": float(np.linalg.norm(values["grad_norm_by_tensor"])),
+            "update_norm": float(np.linalg.norm(values["update_norm_by_tensor"])),
+        }
+        self.queue.scalars(step, {**own, **values})
 
     @contextmanager
     def _holding(self) -> Iterator[None]:
@@ -214,9 +243,7 @@ class Snapshots:
             self._staged[stream] = self.queue.acquire(stream)
         return self._staged[stream]
 
-    def _update_norms(
-        self, update: Update, changes: Sequence[torch.Tensor] | None
-    ) -> NDArray[np.float64]:
+    def _update_norms(self, update: Update, changes: Sequence[Tensor] | None) -> Tensor:
         """Norm of the update by tensor, in the cheapest way there is."""
         if update.told:
             return self._sgd.end()
@@ -224,7 +251,7 @@ class Snapshots:
             return self._norms.of(changes)
         return self._weights.update_norms(self._seen.parameters)
 
-    def _copy_updates(self, staging: Staging) -> Sequence[torch.Tensor]:
+    def _copy_updates(self, staging: Staging) -> Sequence[Tensor]:
         """Stage ``w_{t+1} - w_t``; return it by tensor."""
         if self._on_host:
             views = self._copies.views_of(staging)
@@ -235,8 +262,7 @@ class Snapshots:
         return changes
 
     def _copy_weights(self, staging: Staging) -> None:
-        self._copies.copy_parameters(staging, self._seen.parameters)
-        self._copies.copy_buffers(staging, self._seen.buffers)
+        self._copies.copy_weights(staging, self._seen.parameters, self._seen.buffers)
 
 
 def require_scalar(name: str, value: Any) -> None:
@@ -250,7 +276,7 @@ def require_scalar(name: str, value: Any) -> None:
             where=repr(name[: MAX_NAME + 1]),
             fix=f"use letters, digits and _, at most {MAX_NAME}",
         )
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         number = value.numel() == 1 and not value.is_complex()
     else:
         number = isinstance(value, Real)
@@ -280,9 +306,13 @@ def stream_schedules(
     return {WEIGHTS: main, **own}
 
 
-def _by_tensor(name: str, values: NDArray[np.float64]) -> dict[str, Any]:
-    """A norm as two scalars: of all tensors together, and of each."""
-    return {name: float(np.linalg.norm(values)), f"{name}_by_tensor": values}
+def _row(values: Sequence[Any]) -> list[float] | Tensor:
+    """One setting of every parameter group, ``[K]``; a tensor if any of them is on a GPU."""
+    home = next((value.device for value in values if on_device(value)), None)
+    if home is None:
+        return [float(value) for value in values]
+    numbers = [torch.as_tensor(value, dtype=torch.float64).reshape(()) for value in values]
+    return torch.stack([number.to(home, non_blocking=True) for number in numbers])
 
 
 def _whole(epoch: float | None) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +22,7 @@ from capture.describe import check_parameters, describe
 from capture.factories import user_code
 from capture.gradients import Probe, build_probes
 from capture.interruption import Interrupted, StopRequest
+from capture.loss_report import LossReport
 from capture.models import build_model
 from capture.optimizers import LearningRate, build_optimizer, learning_rate
 from capture.progress import TrainingProgress
@@ -32,7 +32,7 @@ from capture.rng import seed_all
 from capture.storage import Storage, plan_storage, require_space
 from capture.store import UsageError
 from capture.store.layout import METADATA
-from capture.store.place import place_of
+from capture.store.place import target_of
 from capture.streams import parse_streams
 from capture.tasks import Task, augment_of, build_task, loss_elements
 
@@ -148,7 +148,7 @@ def train(
     where the disk seems too small. Raises `Interrupted` after SIGINT or SIGTERM, `MismatchError`
     where a run is resumed with another configuration, and what `Recorder` raises.
     """
-    out = place_of(out)
+    out = target_of(out)
     with deterministic(config.threads):
         training = prepare(config)
         config, model, optimizer = training.config, training.model, training.optimizer
@@ -162,7 +162,7 @@ def train(
         if not force:
             require_space(out, training.storage)
 
-        began, loss, warned = time.monotonic(), math.nan, False
+        began = time.monotonic()
         with (
             StopRequest() as stop,
             Recorder(
@@ -183,6 +183,7 @@ def train(
             TrainingProgress(total, recorder.step) as progress,
         ):
             already_complete = recorder.complete
+            report = LossReport(progress, lambda: recorder.bytes_written)
             batches = order.between(recorder.step + offset, total + offset)
             recorder.epoch = (recorder.step + offset) / order.steps_per_epoch
             model.train()
@@ -200,15 +201,9 @@ def train(
                 optimizer.step()
                 recorder.epoch = (recorder.step + offset) / order.steps_per_epoch
 
-                loss = batch_loss.item()
-                if not math.isfinite(loss) and not warned:
-                    warned = True
-                    progress.note(
-                        f"warning: the loss is {loss} at step {recorder.step - 1}; it is recorded "
-                        "as it is and the training goes on"
-                    )
-                progress.update(recorder.step, loss, recorder.bytes_written)
+                report.add(recorder.step - 1, batch_loss)
                 if stop.signum is not None and recorder.step < total:
+                    report.flush()
                     recorder.checkpoint()
                     raise Interrupted(
                         f"interrupted after step {recorder.step} of {total}",
@@ -217,12 +212,14 @@ def train(
                         fix="continue with the same command and --resume",
                     )
 
+            report.flush()
+
         # Only now, so that nothing of it can reach the run.
         heldout = {} if already_complete else evaluate(training)
     return Summary(
         steps=total,
         seconds=time.monotonic() - began,
-        loss=loss,
+        loss=report.last,
         heldout=heldout,
         bytes_written=recorder.bytes_written,
         already_complete=already_complete,

@@ -19,13 +19,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, optim
 from torch.optim import optimizer as hooks
 
 from capture.norms import Norms
+from capture.scalars import on_device
 
 FINE = (torch.float32, torch.float64)
 
@@ -44,15 +43,16 @@ class SgdUpdateNorms:
         self._norms = norms
         self._gradients: Sequence[Tensor | None] = ()
         # Norms of the directions that are known before the step.
-        self._known: NDArray[np.float64] = np.zeros(len(parameters))
+        self._known = torch.zeros(len(parameters), dtype=torch.float64)
 
     def begin(
-        self,
-        gradients: Sequence[Tensor | None],
-        grad_norms: NDArray[np.float64],
-        scale: float | None,
+        self, gradients: Sequence[Tensor | None], grad_norms: Tensor, scale: float | None
     ) -> bool:
-        """Take the gradients, and their norms without `scale`; False: the state will not tell."""
+        """Take the gradients, and their norms without `scale`; False: the state will not tell.
+
+        The norms are float64 ``[P]``, on the CPU or, if any weights are there, on a GPU; then
+        nothing is read from it.
+        """
         pairs = list(zip(self._parameters, gradients, strict=True))
         if not self.applies() or not all(_is_fine(weights, grad) for weights, grad in pairs):
             return False
@@ -60,20 +60,20 @@ class SgdUpdateNorms:
         if not here and any(map(_needs_sum, self._optimizer.param_groups)):
             return False
         self._gradients = gradients
-        self._known = grad_norms.copy()
+        self._known = grad_norms.clone()
         groups = self._groups()
         for row, (weights, gradient) in enumerate(pairs):
             group = groups.get(id(weights))
-            if group is None or gradient is None:
-                self._known[row] = 0.0
-            elif _needs_sum(group):
+            if group is None:
+                self._known[row].zero_()
+            elif gradient is not None and _needs_sum(group):
                 self._known[row] = self._of_sum(group, weights, gradient)
         return True
 
-    def end(self) -> NDArray[np.float64]:
-        """Norm of each update, float64 ``[P]``; 0 where there was no gradient."""
+    def end(self) -> Tensor:
+        """Norm of each update, float64 ``[P]``, where `begin` got norms; 0 without a gradient."""
         groups = self._groups()
-        rates = np.zeros(len(self._parameters))
+        rates = [0.0] * len(self._parameters)
         buffers: list[Tensor | None] = [None] * len(rates)
         pairs = zip(self._parameters, self._gradients, strict=True)
         for row, (weights, gradient) in enumerate(pairs):
@@ -83,10 +83,13 @@ class SgdUpdateNorms:
                 if group["momentum"] and not group["nesterov"]:
                     buffers[row] = self._buffer(weights)
         self._gradients = ()
-        held = np.array([buffer is not None for buffer in buffers], dtype=bool)
+        norms = self._known
+        if any(buffer is not None for buffer in buffers):
+            held = _beside(norms, [buffer is not None for buffer in buffers], torch.bool)
+            found = self._norms.of(buffers).to(norms.device, non_blocking=True)
+            norms = torch.where(held, found, norms)
         # An infinite direction with a rate of 0 is NaN, as the weights then are.
-        with np.errstate(invalid="ignore", over="ignore"):
-            return rates * np.where(held, self._norms.of(buffers), self._known)
+        return _beside(norms, rates, torch.float64) * norms
 
     def _of_sum(self, group: Mapping[str, Any], weights: Tensor, gradient: Tensor) -> float:
         """Norm of a direction that is a sum; taken before the step, which may change both terms."""
@@ -111,7 +114,9 @@ class SgdUpdateNorms:
         if type(self._optimizer) is not optim.SGD or _hook_count(self._optimizer) > 2:
             return False
         return not any(
-            group["differentiable"] or (group["nesterov"] and group["weight_decay"])
+            group["differentiable"]
+            or (group["nesterov"] and group["weight_decay"])
+            or on_device(group["lr"])
             for group in self._optimizer.param_groups
         )
 
@@ -119,6 +124,11 @@ class SgdUpdateNorms:
         """The parameter group of each tensor, by its id; groups may be added at any time."""
         groups = self._optimizer.param_groups
         return {id(weights): group for group in groups for weights in group["params"]}
+
+
+def _beside(tensor: Tensor, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """These values on the device of `tensor`, without waiting for it."""
+    return torch.tensor(values, dtype=dtype).to(tensor.device, non_blocking=True)
 
 
 def _is_fine(weights: Tensor, gradient: Tensor | None) -> bool:

@@ -32,6 +32,9 @@ class SnapshotQueue:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._closed = False
+        # Only while it has something to do does the thread use the writer, of which one thread at a
+        # time may make use.
+        self._at_rest = True
         self._thread = threading.Thread(target=self._run, name="straightway-writer", daemon=True)
         self._thread.start()
 
@@ -84,9 +87,19 @@ class SnapshotQueue:
         self._jobs.put(function)
 
     def drain(self) -> None:
-        """Wait until all that was queued is on disk; raise the thread's failure."""
+        """Wait until all that was queued is on disk and flushed; raise the thread's failure.
+
+        From then on the thread leaves the writer alone until something is queued again, so whoever
+        called this may use it meanwhile.
+        """
         done = threading.Event()
-        self._jobs.put(done.set)
+
+        def rest() -> None:
+            self._writer.flush()
+            self._at_rest = True
+            done.set()
+
+        self._jobs.put(rest)
         while not done.wait(0.05):
             if self._failure is not None or not self._thread.is_alive():
                 break
@@ -120,6 +133,8 @@ class SnapshotQueue:
     def _next(self) -> Callable[[], None] | None:
         """Wait for a job; where none comes for a while, what was committed is flushed."""
         try:
-            return self._jobs.get(timeout=FLUSH_SECONDS)
+            job = self._jobs.get(timeout=None if self._at_rest else FLUSH_SECONDS)
         except queue.Empty:
             return self._writer.flush
+        self._at_rest = False
+        return job

@@ -11,7 +11,10 @@ COLUMNS = [
     *("norm_dist", "norm_grad", "dot_prod", "rsi", "eb", "cosine", "angle_deg", "lolr"),
     *("cosine_null", "lolr_null", "z"),
     *("norm_grad_wd", "dot_prod_wd", "rsi_wd", "eb_wd", "cosine_wd", "angle_deg_wd", "lolr_wd"),
-    *("norm_update", "dot_prod_update", "cosine_update", "lolr_update"),
+    *("norm_update", "dot_prod_update", "cosine_update", "lolr_update", "own_share"),
+    *("norm_weight", "cosine_reference", "dist_radial", "dist_tangential"),
+    *("cosine_radial", "cosine_tangential", "path_length", "straightness"),
+    *("loss_gap", "star_convexity", "aiming"),
     *("loss", "lr", "clip_factor", "nonfinite"),
 ]
 
@@ -29,6 +32,11 @@ GROUPS: dict[str, dict[str, list[int]]] = {
         "head.weight": list(range(16, 24)),
         "scale": [24],
     },
+    "kind": {
+        "matrix": [*range(12), *range(16, 24)],
+        "bias": list(range(12, 16)),
+        "scalar": [24],
+    },
 }
 # The parameter group of each coordinate; the last one is not updated.
 PARAMETER_GROUP = np.repeat([0, 1, 0, -1], [12, 4, 8, 1])
@@ -40,11 +48,28 @@ def angle(a: Values, b: Values) -> float:
     return float(np.degrees(2 * np.arctan2(norm(x - y), norm(x + y))))
 
 
+def dense_position(w: Values, reference: Values) -> dict[str, float]:
+    """Every quantity of the weights alone, one line each."""
+    e, along = w - reference, w / norm(w)
+    return {
+        "norm_dist": norm(e),
+        "norm_weight": norm(w),
+        "cosine_reference": w @ reference / norm(w) / norm(reference),
+        "dist_radial": e @ along,
+        "dist_tangential": norm(e - along * (e @ along)),
+    }
+
+
 def dense_gradient(g: Values, w: Values, reference: Values, decay: Values) -> dict[str, float]:
     """Every quantity of a gradient, one line each."""
     e, h = w - reference, g + decay * w
+    along = w / norm(w)
     return {
-        "norm_dist": norm(e),
+        **dense_position(w, reference),
+        "cosine_radial": (along * (g @ along)) @ (along * (e @ along)) / norm(g) / norm(e),
+        "cosine_tangential": (
+            (g - along * (g @ along)) @ (e - along * (e @ along)) / norm(g) / norm(e)
+        ),
         "norm_grad": norm(g),
         "dot_prod": g @ e,
         "rsi": g @ e / norm(e) ** 2,
@@ -67,7 +92,7 @@ def dense_update(u: Values, w: Values, reference: Values) -> dict[str, float]:
     """Every quantity of an update, one line each."""
     e = w - reference
     return {
-        "norm_dist": norm(e),
+        **dense_position(w, reference),
         "norm_update": norm(u),
         "dot_prod_update": u @ e,
         "cosine_update": u @ e / norm(u) / norm(e),

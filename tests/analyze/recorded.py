@@ -50,11 +50,15 @@ def write_run(
     scalars: Mapping[str, Values] | None = None,
     optimizer: Mapping[str, Any] = OPTIMIZER,
     steps: Mapping[str, Sequence[int]] | None = None,
+    losses: Mapping[str, Values] | None = None,
     epoch: float | Callable[[int], float] | None = 0.5,
     complete: bool = True,
     **attributes: Any,
 ) -> Path:
-    """Write streams ``[T, D]`` or ``[T, B, D]`` and scalars ``[S]`` or ``[S, columns]``."""
+    """Write streams ``[T, D]`` or ``[T, B, D]`` and scalars ``[S]`` or ``[S, columns]``.
+
+    `losses` of a stream are ``[T, B]``, or ``[T]`` without batches.
+    """
     batches = {name: v.shape[1] if v.ndim == 3 else None for name, v in streams.items()}
     writer = RunWriter.create(
         path,
@@ -70,7 +74,15 @@ def write_run(
             for batch, vector in enumerate(np.atleast_2d(values)):
                 staging.parameters[:] = vector
                 number = None if batches[name] is None else batch
-                writer.commit(name, staging, step=step, epoch=now, batch=number)
+                loss = None if name not in (losses or {}) else np.atleast_1d(losses[name][row])
+                writer.commit(
+                    name,
+                    staging,
+                    step=step,
+                    epoch=now,
+                    batch=number,
+                    loss=None if loss is None else float(loss[batch]),
+                )
     for step in range(len(next(iter((scalars or {}).values()), ()))):
         writer.append_scalars(step, {name: v[step] for name, v in (scalars or {}).items()})
     if complete:
@@ -123,6 +135,7 @@ def random_run(path: Path, **options: Any) -> Path:
         "group_lr": np.full((total, 2), 0.1),
         "group_momentum": np.full((total, 2), 0.9),
         "group_weight_decay": decay,
+        "update_norm_by_tensor": np.abs(draw((total, len(TABLE.parameters)))),
     }
     streams = {
         "weights": draw((total + 1, size)).astype("f4"),
@@ -130,6 +143,7 @@ def random_run(path: Path, **options: Any) -> Path:
         "updates": draw((total, size)).astype("f4"),
         "fixed": draw((total + 1, 3, size)).astype("f4"),
     }
+    options.setdefault("losses", {"fixed": draw((total + 1, 3))})
     change(scalars)
     initial = norms(streams["weights"][0].astype(np.float64))
     options.setdefault("initial_norm_by_tensor", initial.tolist())

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from distributed import LocalCluster
 
 from analyze.cli import main
-from analyze.tables import GROUPINGS
+from analyze.groups import GROUPINGS
 from tests.analyze.recorded import random_run, write_run
 from tests.analyze.small_runs import flip
 
@@ -82,7 +82,7 @@ def test_references_streams_and_groups_are_chosen(folder: Path) -> None:
     assert done.stdout.count("minibatch  early") == 4
 
 
-@pytest.mark.parametrize("command", ["compute", "report"])
+@pytest.mark.parametrize("command", ["compute", "report", "schedule"])
 def test_the_example_of_each_command_runs(folder: Path, command: str) -> None:
     example = main.commands[command].example  # type: ignore[attr-defined]
     words = shlex.split(example.replace("\\\n", " "))
@@ -128,7 +128,7 @@ def test_report_refuses_figures_that_cannot_be(
         (["runs/first.zarr", "--stream", "heldout"], 3, "no stream 'heldout'"),
         (["runs/none.zarr"], 3, "runs/none.zarr"),
         (["runs/first.zarr", "--reference", "finale"], 2, "'finale' is no reference"),
-        (["runs/first.zarr", "--by", "kind"], 2, "'kind' is not one of"),
+        (["runs/first.zarr", "--by", "block"], 2, "'block' is not one of"),
         (["runs/first.zarr", "--workers", "0"], 2, "workers"),
         (["runs/first.zarr", "--scheduler", "slurm"], 2, "'slurm' is no scheduler"),
         ([], 2, "RUN"),
@@ -146,7 +146,7 @@ def test_what_a_user_can_do_wrong(
     assert not Path("t.parquet").exists()
 
 
-@pytest.mark.parametrize("command", ["compute", "report"])
+@pytest.mark.parametrize("command", ["compute", "report", "schedule"])
 @pytest.mark.parametrize(
     ("out", "words"),
     [
@@ -228,12 +228,50 @@ def test_a_signal_ends_it_with_one_line(
 ) -> None:
     # The signal comes in the middle of the measurement, wherever that runs.
     before = f"""
-import os, analyze.tables
-analyze.tables.compute_moments = lambda *_, **__: os.kill(os.getpid(), {signum.value})
+import os, analyze.compute
+analyze.compute.compute_moments = lambda *_, **__: os.kill(os.getpid(), {signum.value})
 """
     done = in_a_process("compute", "runs/first.zarr", "--out", "t.parquet", before=before)
     assert (done.returncode, done.stderr, done.stdout) == (code, line, "")
     assert not Path("t.parquet").exists()
+
+
+def test_tensors_are_grouped_by_what_their_names_match(folder: Path) -> None:
+    groups = ("--group", "ends=head|scale", "--group", "biases=bias$")
+    done = analyze("compute", "runs/first.zarr", *groups, "--out", "t.parquet")
+    assert done.exit_code == 0, done.stderr
+    table = pq.read_table("t.parquet")
+    sizes = dict(zip(*(table[c].to_pylist() for c in ("group", "num_parameters")), strict=True))
+    assert sizes == {"ends": 9, "biases": 4, "rest": 12}
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        (["head"], "write LABEL=REGEX"),
+        (["=head"], "write LABEL=REGEX"),
+        (["a=("], "no regular expression (missing )"),
+        (["a=x", "a=y"], "a label twice"),
+    ],
+)
+def test_groups_that_are_none_are_refused(folder: Path, groups: list[str], words: str) -> None:
+    options = [part for group in groups for part in ("--group", group)]
+    done = analyze("compute", "runs/first.zarr", *options, "--out", "t.parquet")
+    assert (done.exit_code, words in done.stderr) == (2, True), done.stderr
+    assert not Path("t.parquet").exists()
+
+
+def test_where_moments_are_kept_is_chosen(folder: Path) -> None:
+    assert analyze("compute", "runs/first.zarr", "--no-cache", "--out", "a.parquet").exit_code == 0
+    assert [path.name for path in Path("runs").iterdir()] == ["first.zarr"]
+    kept = ("--cache", "kept", "--out", "b.parquet")
+    assert analyze("compute", "runs/first.zarr", *kept).exit_code == 0
+    assert [path.name for path in Path("runs").iterdir()] == ["first.zarr"]
+    assert len(list(Path("kept").glob("first.moments-*/*.safetensors"))) == 3
+    assert analyze("compute", "runs/first.zarr", "--out", "c.parquet").exit_code == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["first.moments", "first.zarr"]
+    tables = {Path(name).read_bytes() for name in ("a.parquet", "b.parquet", "c.parquet")}
+    assert len(tables) == 1
 
 
 def test_help_fits_a_terminal_and_cuts_nothing_short() -> None:
@@ -259,7 +297,9 @@ def test_a_damaged_run_leaves_the_old_table_as_it_was(folder: Path) -> None:
     # One bit among the coordinates, which begin where the header ends.
     content[8 + int.from_bytes(content[:8], "little") + 5] ^= 1
     shard.write_bytes(content)
-    done = analyze("compute", "runs/first.zarr", "--out", "t.parquet")
+    # What was summed while the run was sound is still right; without it, the damage shows.
+    assert analyze("compute", "runs/first.zarr", "--out", "t.parquet").exit_code == 0
+    done = analyze("compute", "runs/first.zarr", "--no-cache", "--out", "t.parquet")
     assert done.exit_code == 3
     assert "c/1/0" in done.stderr
     assert Path("t.parquet").read_bytes() == before
@@ -272,8 +312,9 @@ def test_an_old_table_is_overwritten(folder: Path) -> None:
     assert pq.read_table("t.parquet").num_rows == 33
 
 
-def test_the_choices_of_by_are_all_groupings() -> None:
-    option = next(p for p in main.commands["compute"].params if p.name == "by")
+@pytest.mark.parametrize("command", ["compute", "schedule"])
+def test_the_choices_of_by_are_all_groupings(command: str) -> None:
+    option = next(p for p in main.commands[command].params if p.name == "by")
     assert list(option.type.choices) == list(GROUPINGS)  # type: ignore[attr-defined]
 
 

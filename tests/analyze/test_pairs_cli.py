@@ -67,6 +67,16 @@ def test_pairs_of_several_runs_are_one_table(folder: Path) -> None:
     assert done.stdout.count("w* = final") == 2
 
 
+def test_groups_may_be_regular_expressions(folder: Path) -> None:
+    for command, groups in (("pairs", ["body", "rest"]), ("pca", ["body", "rest"])):
+        done = analyze(command, "runs/first.zarr", "--group", "body=^body", "--out", "p.parquet")
+        assert done.exit_code == 0, done.stderr
+        assert pq.read_table("p.parquet")["group"].unique().to_pylist() == groups
+    by_kind = ("--by", "kind", "--no-cache", "--out", "p.parquet")
+    assert analyze("pairs", "runs/first.zarr", *by_kind).exit_code == 0
+    assert "bias" in pq.read_table("p.parquet")["group"].to_pylist()
+
+
 def test_pca_prints_both_nulls_and_writes_the_table(folder: Path) -> None:
     done = analyze("pca", "runs/first.zarr", "--components", "2", "--out", "p.parquet")
     assert done.exit_code == 0, done.stderr
@@ -81,7 +91,7 @@ def test_pca_prints_both_nulls_and_writes_the_table(folder: Path) -> None:
         (["pairs", "runs/first.zarr", "--lags", "99"], 3, "99 updates apart"),
         (["pairs", "runs/first.zarr", "--reference", "step:99"], 3, "99"),
         (["pairs", "runs/first.zarr", "--stream", "heldout"], 3, "no stream 'heldout'"),
-        (["pairs", "runs/first.zarr", "--by", "kind"], 2, "'kind' is not one of"),
+        (["pairs", "runs/first.zarr", "--by", "part"], 2, "'part' is not one of"),
         (["pairs", "runs/first.zarr", "--noise", "runs"], 2, "this is a folder"),
         (["pairs", "runs/none.zarr"], 3, "runs/none.zarr"),
         (["pairs"], 2, "RUN"),

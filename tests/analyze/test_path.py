@@ -194,7 +194,7 @@ def test_straightness_is_the_distance_over_all_updates(run: Path) -> None:
 
 
 def test_without_norms_of_the_updates_there_is_no_straightness(tmp_path: Path) -> None:
-    path = random_run(tmp_path / "run.zarr")
+    path = write_run(tmp_path / "run.zarr", {"weights": np.eye(3, 25, dtype="f4")})
     _, (shape,) = measure_path(path, MODEL)
     assert math.isnan(shape.straightness)
     assert "were not recorded" in path_summary(measure_path_table(str(path)))

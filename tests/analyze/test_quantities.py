@@ -9,15 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from analyze.moments import MOMENTS
-from analyze.quantities import (
-    QUANTITIES,
-    SUMS,
-    evaluate,
-    gradient_sums,
-    sum_groups,
-    unclipping,
-    update_sums,
-)
+from analyze.quantities import QUANTITIES, SUMS, evaluate
+from analyze.sums import gradient_sums, sum_groups, unclipping, update_sums
 
 Values = NDArray[np.float64]
 
@@ -88,9 +81,48 @@ def test_the_null_worked_out_by_hand() -> None:
 def test_an_update_has_no_gradient_quantities_and_a_gradient_none_of_updates() -> None:
     of_update = evaluate(update_sums(moments_of(G, W, E))).keys()
     of_gradient = gradient(G, W, E).keys()
-    assert of_update & of_gradient == {"norm_dist"}
-    both = of_update | of_gradient | {"cosine_null", "lolr_null"}
+    of_weights = {"norm_dist", "norm_weight", "cosine_reference", "dist_radial", "dist_tangential"}
+    assert of_update & of_gradient == of_weights
+    both = of_update | of_gradient | {"cosine_null", "lolr_null", "own_share"}
+    both |= {"path_length", "straightness", "loss_gap", "star_convexity", "aiming"}
     assert both == {quantity.name for quantity in QUANTITIES}
+
+
+def test_along_and_across_the_sphere_by_hand() -> None:
+    """w = (0, 2), e = (3, 4), g = (1, 1): along w lie 4 of e and 1 of g."""
+    w, e, g = np.array([0.0, 2.0]), np.array([3.0, 4.0]), np.array([1.0, 1.0])
+    found = gradient(g, w, e)
+    assert (found["norm_weight"], found["dist_radial"]) == (2, 4)
+    assert found["dist_tangential"] == pytest.approx(3, rel=1e-15)
+    assert found["cosine_radial"] == pytest.approx(4 / (5 * np.sqrt(2)), rel=1e-15)
+    assert found["cosine_tangential"] == pytest.approx(3 / (5 * np.sqrt(2)), rel=1e-15)
+    # w* = w - e = (-3, -2)
+    assert found["cosine_reference"] == pytest.approx(-2 / np.sqrt(13), rel=1e-15)
+
+
+def test_losses_by_hand() -> None:
+    """f(x) = x² has g = 2x: from x = 3 to 0, ⟨g, e⟩ = 18 = 2 (f(3) - f(0))."""
+    found = evaluate({"ge": np.array([18.0]), "gap": np.array([9.0])})
+    assert (found["loss_gap"], found["star_convexity"], found["aiming"]) == (9, 9, 2)
+    flat = evaluate({"ge": np.array([18.0]), "gap": np.array([0.0])})
+    assert np.isnan(flat["aiming"])
+
+
+def test_the_own_share_is_arithmetic() -> None:
+    found = evaluate(
+        {
+            "ge": np.array([4.0]),
+            "gg": np.array([2.0]),
+            "null_ge": np.array([6.0]),
+            "null_gg": np.array([2.0]),
+        }
+    )
+    assert found["own_share"] == 1.5 == found["lolr_null"] / found["lolr"]
+
+
+def test_a_straight_path_has_straightness_1() -> None:
+    found = evaluate({"ee": np.array([25.0]), "path": np.array([5.0])})
+    assert (found["path_length"], found["straightness"]) == (5, 1)
 
 
 def test_the_step_of_lolr_lands_closest() -> None:
@@ -109,11 +141,14 @@ def test_the_cosine_is_rsi_over_eb() -> None:
         assert quotient == pytest.approx(found[f"cosine{suffix}"], rel=1e-15)
 
 
+PARTS = ("cosine_radial", "cosine_tangential")
+
+
 @pytest.mark.parametrize(
     ("g", "e", "undefined"),
     [
-        (np.zeros(2), E, {"cosine", "angle_deg", "lolr", "z"}),
-        (G, np.zeros(2), {"rsi", "eb", "cosine", "angle_deg", "z"}),
+        (np.zeros(2), E, {"cosine", "angle_deg", "lolr", "z", *PARTS}),
+        (G, np.zeros(2), {"rsi", "eb", "cosine", "angle_deg", "z", *PARTS}),
         (np.array([0.0, 1.0]), np.array([1.0, 0.0]), {"z"}),
     ],
     ids=["gradient 0", "at w*", "no coordinate in common"],
@@ -138,8 +173,9 @@ def test_at_rest_the_update_has_no_direction() -> None:
 def test_nothing_but_nan_follows_from_a_non_finite_gradient(bad: float) -> None:
     with np.errstate(invalid="ignore"):
         found = gradient(np.array([bad, 1.0]), W, E)
-    assert found.pop("norm_dist") == 10
-    assert all(np.isnan(values).all() for values in found.values())
+    of_weights = {"norm_dist", "norm_weight", "cosine_reference", "dist_radial", "dist_tangential"}
+    assert found["norm_dist"] == 10
+    assert {name for name, values in found.items() if not np.isnan(values).any()} == of_weights
 
 
 def test_rounding_beyond_1_gives_an_angle_of_0() -> None:

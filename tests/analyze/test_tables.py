@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zarr
 from numpy.linalg import norm
 
+from analyze.groups import GROUPINGS, group_tensors
 from analyze.tables import (
-    GROUPINGS,
     concatenate,
-    group_tensors,
     measure_run,
     read_metadata,
     read_table,
@@ -27,8 +27,10 @@ from tests.analyze.recorded import OPTIMIZER, TABLE, Values, random_run, read_ro
 
 
 def rounding(name: str, expected: float) -> float:
-    """What 25 products in another order may cost; near 0° and 180° an arccos halves the digits."""
+    """What 25 products in another order may cost; a root near 0 halves the digits, as an arccos."""
     edge = "angle" in name and not 1e-3 < expected < 180 - 1e-3
+    if name == "dist_tangential":
+        return 1e-7
     return 1e-5 if edge else 1e-9 if "angle" in name else 1e-12
 
 
@@ -111,19 +113,22 @@ def test_there_is_one_row_per_stream_step_batch_group_and_reference(
 
 
 def test_streams_fill_the_columns_that_apply_to_them(tables: dict[str, pa.Table]) -> None:
-    of_update = {name for name in COLUMNS if name.endswith("_update")} | {"norm_dist"}
-    of_null = {"cosine_null", "lolr_null"}
+    of_update = {name for name in COLUMNS if name.endswith("_update")}
+    of_weights = {"norm_dist", "norm_weight", "cosine_reference", "dist_radial", "dist_tangential"}
+    of_weights |= {"path_length", "straightness"}
+    of_null = {"cosine_null", "lolr_null", "own_share"}
+    of_losses = {"loss_gap", "star_convexity", "aiming"}
     measured = set(COLUMNS[8:-4])
     for row in tables["model"].to_pylist():
         filled = {name for name in measured if not np.isnan(row[name])}
         if row["step"] in (2, 6):
             continue
         if row["stream"] == "updates":
-            assert filled == of_update
+            assert filled == of_update | of_weights
         elif row["stream"] == "fixed":
-            assert filled == measured - (of_update - {"norm_dist"}) - of_null
+            assert filled == measured - of_update - of_null
         else:
-            assert filled == measured - (of_update - {"norm_dist"})
+            assert filled == measured - of_update - of_losses
 
 
 def test_keys_and_scalars_stand_beside_their_step(
@@ -136,7 +141,48 @@ def test_keys_and_scalars_stand_beside_their_step(
         assert (row["batch"] is None) == (row["stream"] != "fixed")
         for name in ("loss", "lr", "clip_factor"):
             values = np.append(rows.scalar(name), np.nan)
+            if name == "loss" and row["stream"] == "fixed":
+                values = zarr.open_group(recorded)["gradients/fixed/loss"][:, row["batch"]]
             assert row[name] == pytest.approx(values[row["step"]], rel=0, nan_ok=True)
+
+
+@pytest.mark.parametrize("by", GROUPINGS)
+def test_the_path_is_as_long_as_its_updates(
+    recorded: Path, tables: dict[str, pa.Table], by: str
+) -> None:
+    norms = read_rows(recorded).scalar("update_norm_by_tensor")
+    tensors = [set(place) for place in GROUPS["tensor"].values()]
+    for row in tables[by].to_pylist():
+        place = set(GROUPS[by][row["group"]])
+        own = norms[:, [index for index, tensor in enumerate(tensors) if tensor <= place]]
+        end = {"final": 6, "step:2": 2}[row["reference"]]
+        between = own[min(row["step"], end) : max(row["step"], end)]
+        length = sum(norm(update) for update in between)
+        assert row["path_length"] == pytest.approx(length, rel=1e-12, abs=1e-12)
+        expected = row["norm_dist"] / length if length else np.nan
+        assert row["straightness"] == pytest.approx(expected, rel=1e-9, nan_ok=True)
+
+
+def test_losses_are_compared_with_those_of_the_same_batch_at_the_reference(
+    recorded: Path, tables: dict[str, pa.Table]
+) -> None:
+    losses = zarr.open_group(recorded)["gradients/fixed/loss"][:]
+    for row in tables["model"].to_pylist():
+        if row["stream"] == "fixed":
+            end = {"final": 6, "step:2": 2}[row["reference"]]
+            gap = losses[row["step"], row["batch"]] - losses[end, row["batch"]]
+            assert row["loss_gap"] == gap
+            assert row["star_convexity"] == pytest.approx(row["dot_prod"] - gap, rel=1e-14)
+            expected = row["dot_prod"] / gap if gap else np.nan
+            assert row["aiming"] == pytest.approx(expected, rel=1e-14, nan_ok=True)
+    # A loss is no sum over tensors.
+    assert np.isnan(tables["layer"]["loss_gap"].to_numpy()).all()
+
+
+def test_a_mean_of_iterates_is_no_point_of_the_path(recorded: Path) -> None:
+    (table,) = measure_run(str(recorded), ["mean:2"]).values()
+    for name in ("path_length", "straightness", "loss_gap", "star_convexity", "aiming"):
+        assert np.isnan(table[name].to_numpy()).all()
 
 
 def test_the_null_is_in_units_of_the_unclipped_gradient(

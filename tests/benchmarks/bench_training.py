@@ -6,7 +6,11 @@ gradient every 10 steps: ResNet-18 (11.2 M parameters) and the paper's MLP (46.2
     training_overhead_*   blocks of 10 plain and 10 recorded steps take turns, in an order that
                           turns too; the writer's work falls into the recorded blocks, which end
                           when the block's snapshot is on disk; `value` is the median of the ratios
+                          `thread_alone` is that ratio without waiting for the disk
+    training_overhead_cuda_*   the same on a GPU, where there is one; the device is waited for at
+                          the end of each block
     snapshot_*            the training thread held by one snapshot of 45 MB, each way in turn
+    snapshot_cuda         the same from a GPU, beside a bare copy of the bytes to pinned memory
     staging_*             the staging buffers, and the memory of the process over 2,000 snapshots
     protocol_*            the paper's protocol, a second training that measures itself against the
                           w_T of the first, and ours, one recorded training and `analyze compute`,
@@ -46,9 +50,9 @@ from capture.models.resnet import resnet
 
 BATCH, EVERY, CLASSES = 64, 10, 10
 SHAPE = (3, 32, 32)
-RESNET_PAIRS, MLP_PAIRS, SNAPSHOT_TURNS, PROTOCOL_TURNS = 3, 8, 7, 3
+RESNET_PAIRS, MLP_PAIRS, SNAPSHOT_TURNS, PROTOCOL_TURNS = 3, 8, 7, 2
+CUDA_PAIRS, CUDA_TURNS = 15, 30
 GROWTH_SNAPSHOTS, WARM_SNAPSHOTS = 2000, 200
-PROTOCOL_STEPS = 100
 
 Row = dict[str, Any]
 Seconds = dict[str, list[float]]
@@ -57,25 +61,36 @@ Seconds = dict[str, list[float]]
 def rows() -> Iterator[Row]:
     """Measure and give one JSON-ready row per result."""
     torch.manual_seed(0)
-    yield overhead("mlp", mlp(SHAPE, CLASSES, hidden=4096, depth=3), MLP_PAIRS)
-    yield overhead("resnet18", resnet(SHAPE, CLASSES, depth=18, channels=64), RESNET_PAIRS)
+    large, residual = mlp(SHAPE, CLASSES, hidden=4096, depth=3), resnet(SHAPE, CLASSES, depth=18)
+    yield overhead("mlp", large, MLP_PAIRS)
+    yield overhead("resnet18", residual, RESNET_PAIRS)
     yield from snapshots()
     yield from memory()
-    yield from protocol()
+    yield from protocol("mlp", large, 60)
+    yield from protocol("resnet18", residual, 30)
+    if torch.cuda.is_available():
+        yield from rows_on_cuda()
+
+
+def rows_on_cuda() -> Iterator[Row]:
+    """What is measured on a GPU."""
+    yield overhead("mlp", mlp(SHAPE, CLASSES, hidden=4096, depth=3), CUDA_PAIRS, "cuda")
+    yield overhead("resnet18", resnet(SHAPE, CLASSES, depth=18, channels=64), CUDA_PAIRS, "cuda")
+    yield snapshot_cuda()
 
 
 # A training, plain and recorded.
 
 
-def overhead(name: str, model: nn.Module, pairs: int) -> Row:
+def overhead(name: str, model: nn.Module, pairs: int, device: str = "cpu") -> Row:
     """Blocks of one training, recorded and not, in turn.
 
     It is the same model in the same memory, since where tensors lie changes the time of a step by
     more than recording does.
     """
-    x, y = images(BATCH)
-    optimizer = optimizer_of(model)
-    ratios, plain_seconds = [], []
+    x, y = (tensor.to(device) for tensor in images(BATCH))
+    optimizer = optimizer_of(model.to(device))
+    ratios, plain_seconds, alone, held_seconds = [], [], [], []
     with (
         tempfile.TemporaryDirectory(prefix="straightway-bench-") as folder,
         Recorder(Path(folder) / "run.zarr", model, optimizer, every=EVERY) as recorder,
@@ -83,12 +98,16 @@ def overhead(name: str, model: nn.Module, pairs: int) -> Row:
 
         def block() -> None:
             train(model, optimizer, x, y, EVERY)
+            if device == "cuda":
+                torch.cuda.synchronize()
 
         def recorded_block() -> None:
             hooks = StepHooks(optimizer, recorder._before_step, recorder._after_step)
-            block()
+            before = recorder.held_seconds
+            alone.append(timed(block))
+            held_seconds.append(recorder.held_seconds - before)
             assert recorder._snapshots is not None
-            recorder._snapshots.queue.drain()
+            recorder._snapshots.drain()
             hooks.remove()
 
         assert recorder._hooks is not None
@@ -100,17 +119,27 @@ def overhead(name: str, model: nn.Module, pairs: int) -> Row:
             if turn >= 0:
                 ratios.append(took["recorded"] / took["plain"])
                 plain_seconds.append(took["plain"])
+    # The first block of both kinds was for warming up.
+    by_thread = [one / plain for one, plain in zip(alone[1:], plain_seconds, strict=True)]
     return {
-        "name": f"training_overhead_{name}",
+        "name": f"training_overhead_{'cuda_' if device == 'cuda' else ''}{name}",
         "value": statistics.median(ratios),
         "unit": "times a plain training",
         "smallest": min(ratios),
         "largest": max(ratios),
+        "thread_alone": statistics.median(by_thread),
+        "held_ms_per_snapshot": 1e3 * statistics.median(held_seconds[1:]),
         "plain_ms_per_step": 1e3 * statistics.median(plain_seconds) / EVERY,
         "parameters": size_of(model),
         "steps_per_block": EVERY,
         "n": pairs,
+        **device_facts(device),
     }
+
+
+def device_facts(device: str) -> Row:
+    """The name of the GPU, where one is measured."""
+    return {"device": torch.cuda.get_device_name()} if device == "cuda" else {}
 
 
 def train(
@@ -156,6 +185,45 @@ def snapshots() -> Iterator[Row]:
             "bytes": sum(tensor.nbytes for tensor in tensors.values()),
             "n": len(times),
         }
+
+
+def snapshot_cuda() -> Row:
+    """The training thread held by one snapshot from a GPU, beside a bare copy to pinned memory."""
+    model = resnet(SHAPE, CLASSES, depth=18, channels=64).cuda()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = optimizer_of(model)
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    source = torch.ones(size, dtype=torch.uint8, device="cuda")
+    target = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def bare() -> None:
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+
+    ours, copies = [], []
+    with (
+        tempfile.TemporaryDirectory(prefix="straightway-bench-") as folder,
+        Recorder(Path(folder) / "run.zarr", model, optimizer, every=1, gradients=None) as recorder,
+    ):
+        for turn in range(-2, CUDA_TURNS):
+            torch.cuda.synchronize()
+            took = timed(bare), held(recorder, optimizer)
+            if turn >= 0:
+                copies.append(took[0])
+                ours.append(took[1])
+    return {
+        "name": "snapshot_cuda",
+        "value": 1e3 * statistics.median(ours),
+        "unit": "ms",
+        "bare_copy_ms": 1e3 * statistics.median(copies),
+        "ratio_to_bare_copy": statistics.median(
+            [one / plain for one, plain in zip(ours, copies, strict=True)]
+        ),
+        "bytes": size,
+        "n": len(ours),
+        **device_facts("cuda"),
+    }
 
 
 def ways_to_save(
@@ -246,50 +314,50 @@ def memory() -> Iterator[Row]:
 # The paper's protocol.
 
 
-def protocol() -> Iterator[Row]:
-    """Train a ResNet-8 plainly, twice with measuring, and once with recording, in turn."""
+def protocol(name: str, initial: nn.Module, steps: int) -> Iterator[Row]:
+    """Train plainly, twice with measuring, and once with recording, in turn."""
     x, y = images(BATCH)
-    initial = resnet(SHAPE, CLASSES)
-    ratios: Seconds = {"paper": [], "ours": [], "ours_every_step": []}
-    for turn in range(-1, PROTOCOL_TURNS):
-        plain = timed(lambda: plain_training(initial, x, y))
+    ratios: Seconds = {"paper": [], "ours": []}
+    plain_training(initial, x, y, 2)
+    for _ in range(PROTOCOL_TURNS):
+        plain = timed(lambda: plain_training(initial, x, y, steps))
         took = {
-            "paper": timed(lambda: paper_training(initial, x, y)),
-            "ours": timed(lambda: our_training(initial, x, y, EVERY)),
-            "ours_every_step": timed(lambda: our_training(initial, x, y, 1)),
+            "paper": timed(lambda: paper_training(initial, x, y, steps)),
+            "ours": timed(lambda: our_training(initial, x, y, steps)),
         }
         for way, seconds in took.items():
-            if turn >= 0:
-                ratios[way].append(seconds / plain)
+            ratios[way].append(seconds / plain)
     for way, values in ratios.items():
         yield {
-            "name": f"protocol_{way}",
+            "name": f"protocol_{way}_{name}",
             "value": statistics.median(values),
             "unit": "times a plain training",
             "smallest": min(values),
             "largest": max(values),
-            "steps": PROTOCOL_STEPS,
+            "steps": steps,
             "parameters": size_of(initial),
             "n": len(values),
         }
 
 
-def plain_training(initial: nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+def plain_training(
+    initial: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int
+) -> list[torch.Tensor]:
     """Train a copy of `initial`; return w_T by tensor."""
     model = copy.deepcopy(initial)
-    train(model, optimizer_of(model), x, y, PROTOCOL_STEPS)
+    train(model, optimizer_of(model), x, y, steps)
     return [parameter.detach() for parameter in model.parameters()]
 
 
 def paper_training(
-    initial: nn.Module, x: torch.Tensor, y: torch.Tensor
+    initial: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int
 ) -> list[tuple[float, float]]:
     """Train to find w_T, then again with RSI and EB against it at every step."""
-    final = plain_training(initial, x, y)
+    final = plain_training(initial, x, y, steps)
     model = copy.deepcopy(initial)
     optimizer = optimizer_of(model)
     found = []
-    for _ in range(PROTOCOL_STEPS):
+    for _ in range(steps):
         optimizer.zero_grad()
         cross_entropy(model(x), y).backward()
         found.append(measure(list(model.parameters()), final))
@@ -309,14 +377,14 @@ def measure(parameters: list[nn.Parameter], final: list[torch.Tensor]) -> tuple[
     return float(gradient @ error) / square, float(gradient.norm()) / math.sqrt(square)
 
 
-def our_training(initial: nn.Module, x: torch.Tensor, y: torch.Tensor, every: int) -> Any:
+def our_training(initial: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int) -> Any:
     """Train a copy once with recording, then measure it against its own w_T."""
     model = copy.deepcopy(initial)
     optimizer = optimizer_of(model)
     with tempfile.TemporaryDirectory(prefix="straightway-bench-") as folder:
         run = Path(folder) / "run.zarr"
-        with Recorder(run, model, optimizer, every=every):
-            train(model, optimizer, x, y, PROTOCOL_STEPS)
+        with Recorder(run, model, optimizer, every=EVERY):
+            train(model, optimizer, x, y, steps)
         final = [parse_reference("final")]
         return compute_moments(run, ["minibatch"], final, moments=GEOMETRY, workers=2)
 

@@ -73,7 +73,7 @@ def told(
         before = [parameter.detach().double().clone() for parameter in parameters]
         assert sgd.begin(gradients, norms.of(gradients), None)
         optimizer.step()
-        found = sgd.end()
+        found = sgd.end().numpy()
         after = [parameter.detach().double() for parameter in parameters]
     differences = [float((a - b).norm()) for a, b in zip(after, before, strict=True)]
     return found, np.array(differences), np.array([float(a.norm()) for a in after])

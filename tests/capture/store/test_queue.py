@@ -193,6 +193,30 @@ def test_what_was_committed_is_seen_while_the_training_pauses(sample, writer, tm
     queue.close()
 
 
+def test_a_drained_queue_leaves_the_writer_alone(writer, monkeypatch):
+    """Else the thread's own flush and what the caller does meanwhile would meet in one file."""
+    monkeypatch.setattr("capture.store.queue.FLUSH_SECONDS", 0.01)
+    flushes = []
+    flush = writer.flush
+    monkeypatch.setattr(writer, "flush", lambda: (flushes.append(1), flush()))
+    queue = SnapshotQueue(writer)
+    time.sleep(0.1)
+    assert flushes == []
+    queue.scalars(0, {"loss": 1.0})
+    queue.drain()
+    found = len(flushes)
+    assert found >= 1
+    time.sleep(0.1)
+    assert len(flushes) == found
+    # With something to do again, what is committed is flushed in every pause.
+    queue.scalars(1, {"loss": 1.0})
+    late = time.monotonic() + SOON
+    while time.monotonic() < late and len(flushes) == found:
+        time.sleep(0.01)
+    assert len(flushes) > found
+    queue.close()
+
+
 def test_a_run_that_is_being_recorded_verifies(sample, writer, tmp_path):
     """Again and again while rows are added: what was read of the log may be older than the rest."""
     queue = SnapshotQueue(writer)

@@ -1,0 +1,262 @@
+"""Moments that were summed before: kept beside the run, so that a new question reads no weights.
+
+    NAME.moments/STREAM-KEY.safetensors      one file per stream of the run NAME.zarr and reference
+
+A file holds `moments` float64 ``[T, P, 7]`` or ``[T, B, P, 7]`` and `nonfinite` int64 without the
+last axis, as in `analyze.moment_table.StreamMoments`. KEY is a digest of what the sums were made
+of: the tensor table, the commit logs of the stream and of the weights, which hold a checksum of
+every chunk, and w* itself. What belongs to other contents has another key and is not found; a file
+that is damaged, or is not what its name says, is summed again. Only streams are kept to which no
+row will be added.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from crc32c import crc32c
+from numpy.typing import NDArray
+
+from analyze.moment_table import MOMENTS, Moments, StreamMoments
+from analyze.references import Reference
+from capture.store import DamagedError, Run, StraightwayError, Stream, UsageError, open_run
+from capture.store.layout import WEIGHTS
+from capture.store.place import (
+    Place,
+    absolute_address,
+    place_of,
+    read_confined,
+    relative_to,
+    remove,
+    write_durably,
+)
+from capture.store.plain import build, parse
+from capture.store.tensors import Tensor
+
+logger = logging.getLogger("analyze")
+
+# Raised whenever the same bytes would give other sums.
+VERSION = 1
+SUFFIX = ".moments"
+
+_KINDS = {"moments": "<f8", "nonfinite": "<i8"}
+_DTYPES = {"moments": "F64", "nonfinite": "I64"}
+
+Where = bool | str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The moments of one stream against one reference: `steps` int64 ``[T]``, else as in a file."""
+
+    steps: NDArray[np.int64]
+    moments: NDArray[np.float64]
+    nonfinite: NDArray[np.int64]
+
+
+class MomentsCache:
+    """The kept moments of one run. Reading and keeping never fail: at worst nothing is found."""
+
+    def __init__(self, run: Run, folder: Place) -> None:
+        self.folder = folder
+        self._run = run
+        self._refused = False
+        table = json.dumps(run.table.to_json(), sort_keys=True)
+        self._common = [str(VERSION), table, _log_digest(run, run.stream(WEIGHTS))]
+
+    def content(self, stream: str) -> str:
+        """Digest of all that moments of a stream are made of, but for w*."""
+        own = _log_digest(self._run, self._run.stream(stream))
+        return sha256("\n".join([*self._common, stream, own]).encode()).hexdigest()
+
+    def load(self, stream: str, reference: str) -> Entry | None:
+        """Find what was kept of `stream` against the w* with this identity."""
+        content = self.content(stream)
+        file = self._file(stream, content, reference)
+        try:
+            arrays = _decode(file.read_bytes(), self._facts(stream, content, reference))
+            return Entry(self._run.stream(stream).steps, **self._checked(stream, arrays))
+        except (OSError, StraightwayError):
+            return None
+
+    def save(self, stream: str, reference: str, entry: Entry) -> None:
+        """Keep an entry, and forget what was kept of the stream when its contents were others."""
+        if self._refused:
+            return
+        content = self.content(stream)
+        file = self._file(stream, content, reference)
+        try:
+            if isinstance(self.folder, Path):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            data = _encode(entry, self._facts(stream, content, reference))
+            write_durably(file, data, self.folder)
+            for stale in self._stale(stream, content):
+                remove(stale)
+        except (OSError, StraightwayError) as error:
+            self._refused = True
+            reason = getattr(error, "what", None) or getattr(error, "strerror", None) or error
+            logger.warning(
+                "the moments are not kept (%s), %s; choose a place with --cache DIR, or --no-cache",
+                reason,
+                self.folder,
+            )
+
+    def _checked(self, stream: str, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        found = self._run.stream(stream)
+        batches = () if found.batches is None else (found.batches,)
+        shape = (len(found.steps), *batches, len(self._run.table.parameters))
+        if arrays["nonfinite"].shape != shape or arrays["moments"].shape != (*shape, len(MOMENTS)):
+            raise DamagedError("moments of another shape")
+        return arrays
+
+    def _file(self, stream: str, content: str, reference: str) -> Place:
+        key = sha256(f"{content}\n{reference}".encode()).hexdigest()
+        return self.folder / f"{stream}-{content[:12]}-{key[:12]}.safetensors"
+
+    def _facts(self, stream: str, content: str, reference: str) -> dict[str, str]:
+        return {"stream": stream, "content": content, "reference": reference}
+
+    def _stale(self, stream: str, content: str) -> Iterator[Place]:
+        kept = f"{stream}-{content[:12]}-"
+        for place in self.folder.glob(f"{stream}-*.safetensors"):
+            # Names of streams may begin alike: what follows must be the two digests.
+            digests = place.name.removeprefix(f"{stream}-").removesuffix(".safetensors")
+            if not place.name.startswith(kept) and len(digests) == 25:
+                yield place
+
+
+def cache_of(run: Run, where: Where = True) -> MomentsCache | None:
+    """Open the kept moments of a run: beside it, below a folder, or nowhere (`False`).
+
+    Below a folder that was named, each run has its own, told apart by the address of the run.
+    """
+    if where is False:
+        return None
+    address = absolute_address(run.path)
+    name = run.name.removesuffix(".zarr") + SUFFIX
+    if where is True:
+        return MomentsCache(run, place_of(address.removesuffix(".zarr") + SUFFIX))
+    mark = sha256(address.encode()).hexdigest()[:8]
+    return MomentsCache(run, place_of(where) / f"{name}-{mark}")
+
+
+def measured_moments(
+    path: str,
+    streams: Sequence[str],
+    references: Sequence[Reference],
+    *,
+    where: Where = True,
+    scheduler: str = "threads",
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Moments:
+    """Give the moments of a run, reading from it only what was not summed before.
+
+    As `analyze.compute.compute_moments`, all seven moments; `where` as in `cache_of`. Bytes behind
+    moments that were kept are not read and so not verified again.
+    """
+    if not references:
+        raise UsageError("there is no reference to measure against", fix="give one, such as final")
+    run = open_run(path)
+    cache = cache_of(run, where)
+    texts = [reference.text for reference in references]
+    identities = [reference.identity(run) for reference in references]
+    kept = {
+        stream: _find(cache, run.stream(stream), identities) for stream in dict.fromkeys(streams)
+    }
+    for lacking, names in _by_lack(kept, identities).items():
+        from analyze.compute import compute_moments
+
+        chosen = [references[identities.index(identity)] for identity in lacking]
+        fresh = compute_moments(
+            path, names, chosen, scheduler=scheduler, workers=workers, progress=progress
+        )
+        for name in names:
+            for place, identity in enumerate(lacking):
+                entry = _entry_of(fresh.streams[name], place)
+                kept[name][identity] = entry
+                if cache is not None and run.stream(name).finished:
+                    cache.save(name, identity, entry)
+    found = {
+        name: _joined(run.stream(name), [entries[identity] for identity in identities])
+        for name, entries in kept.items()
+    }
+    return Moments(tuple(texts), found)
+
+
+def _find(
+    cache: MomentsCache | None, stream: Stream, identities: Sequence[str]
+) -> dict[str, Entry]:
+    """Look up by identity of w* what is kept of a stream to which no row will be added."""
+    if cache is None or not stream.finished:
+        return {}
+    found = {identity: cache.load(stream.name, identity) for identity in identities}
+    return {identity: entry for identity, entry in found.items() if entry is not None}
+
+
+def _by_lack(
+    kept: Mapping[str, Mapping[str, Entry]], identities: Sequence[str]
+) -> dict[tuple[str, ...], list[str]]:
+    """Group the streams by the references that they lack, so that each group costs one pass."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, entries in kept.items():
+        lacking = tuple(one for one in dict.fromkeys(identities) if one not in entries)
+        if lacking:
+            groups.setdefault(lacking, []).append(name)
+    return groups
+
+
+def _entry_of(stream: StreamMoments, reference: int) -> Entry:
+    """Take one reference out of fresh moments."""
+    moments, nonfinite = stream.array[..., reference, :, :], stream.nonfinite[..., reference, :]
+    return Entry(stream.steps, moments, nonfinite)
+
+
+def _joined(stream: Stream, entries: Sequence[Entry]) -> StreamMoments:
+    """Put the entries of several references side by side."""
+    return StreamMoments(
+        stream.name,
+        entries[0].steps,
+        stream.batches,
+        np.stack([entry.moments for entry in entries], axis=-3),
+        np.stack([entry.nonfinite for entry in entries], axis=-2),
+    )
+
+
+def _log_digest(run: Run, stream: Stream) -> str:
+    data = read_confined(run.path, relative_to(stream.log_path, run.path))
+    return sha256(data).hexdigest()
+
+
+def _encode(entry: Entry, facts: dict[str, str]) -> bytes:
+    arrays: dict[str, NDArray[Any]] = {"moments": entry.moments, "nonfinite": entry.nonfinite}
+    parts = [
+        (Tensor(name, array.shape, _DTYPES[name]), np.ascontiguousarray(array).tobytes())
+        for name, array in arrays.items()
+    ]
+    checksum = crc32c(b"".join(data for _, data in parts))
+    return build(parts, {**facts, "crc32c": f"{checksum:08x}"})
+
+
+def _decode(data: bytes, facts: dict[str, str]) -> dict[str, NDArray[Any]]:
+    """Read what `_encode` wrote; `DamagedError` where it is anything else."""
+    entries = parse(data, "moments")
+    length = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+    body = data[8 + length :]
+    if metadata != {**facts, "crc32c": f"{crc32c(body):08x}"}:
+        raise DamagedError("other moments, or damaged ones")
+    return {
+        name: np.frombuffer(data[entry.start : entry.stop], _KINDS[name]).reshape(
+            entry.tensor.shape
+        )
+        for name, entry in entries.items()
+    }
