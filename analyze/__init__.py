@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from analyze.compute import compute_moments
     from analyze.dataset import to_dataset, to_table, to_tree
     from analyze.export import export_inputs, export_table
+    from analyze.gram import compute_gram
     from analyze.library import measure_dataset, measure_table, measure_tree
     from analyze.methods import describe_methods, write_methods
+    from analyze.pairs_of_run import measure_pairs
+    from analyze.path import measure_path
     from analyze.projection import Projection, project_run
     from analyze.report import write_report
     from analyze.schedule import schedule_run, write_schedule
@@ -27,11 +30,14 @@ __all__ = [
     "Cluster",
     "Projection",
     "compare_runs",
+    "compute_gram",
     "compute_moments",
     "describe_methods",
     "export_inputs",
     "export_table",
     "measure_dataset",
+    "measure_pairs",
+    "measure_path",
     "measure_run",
     "measure_table",
     "measure_tree",
@@ -53,11 +59,14 @@ _HOMES = {
     "Cluster": "schedulers",
     "Projection": "projection",
     "compare_runs": "compare",
+    "compute_gram": "gram",
     "compute_moments": "compute",
     "describe_methods": "methods",
     "export_inputs": "export",
     "export_table": "export",
     "measure_dataset": "library",
+    "measure_pairs": "pairs_of_run",
+    "measure_path": "path",
     "measure_run": "tables",
     "measure_table": "library",
     "measure_tree": "library",

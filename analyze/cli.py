@@ -150,6 +150,188 @@ def compute(
     click.echo(f"  analyze report {shlex.quote(out)} --out {page}", err=True)
 
 
+@main.command(
+    example="analyze pairs runs/first.zarr --stream minibatch --lags 1,2,5 \\\n"
+    "  --out runs/first-pairs.parquet"
+)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=click.Path())
+@click.option(
+    "--stream",
+    "streams",
+    multiple=True,
+    help="Stream of gradients, updates or weights, may be repeated. Default: all but the weights.",
+)
+@click.option(
+    "--reference",
+    "references",
+    multiple=True,
+    default=("final",),
+    help="The point w* that sim and cosine_dist refer to, may be repeated, in the forms of "
+    "`analyze compute`. Default: final.",
+)
+@click.option(
+    "--lags",
+    help="Updates between the two steps of a pair: all, or numbers such as 1,2,5,10,20,50. "
+    "Default: all, of up to 200 rows.",
+)
+@click.option(
+    "--by",
+    type=click.Choice(["model", "layer", "tensor", "kind"]),
+    default="model",
+    help="The tensors that are summed over. Default: model, all of them.",
+)
+@click.option(
+    "--group",
+    "patterns",
+    multiple=True,
+    metavar="LABEL=REGEX",
+    help="Instead of --by: sum over the tensors in whose names REGEX is found, as in "
+    "`analyze compute`.",
+)
+@click.option(
+    "--scheduler",
+    default="threads",
+    help="threads, or the tcp:// or tls:// address of a Dask scheduler. Default: threads.",
+)
+@click.option("--workers", type=int, help="Number of threads. Default: one per processor.")
+@click.option(
+    "--cache",
+    type=click.Path(),
+    help="Folder for the moments that were summed before. Default: NAME.moments beside the run.",
+)
+@click.option("--no-cache", is_flag=True, help="Sum the moments again, and keep nothing.")
+@click.option(
+    "--noise",
+    type=click.Path(),
+    help="Second Parquet file: of streams with batches, the gradient's norm without noise.",
+)
+@click.option("--out", type=click.Path(), required=True, help="Parquet file to write.")
+def pairs(
+    runs: tuple[str, ...],
+    streams: tuple[str, ...],
+    references: tuple[str, ...],
+    lags: str | None,
+    by: str,
+    patterns: tuple[str, ...],
+    scheduler: str,
+    workers: int | None,
+    cache: str | None,
+    no_cache: bool,
+    noise: str | None,
+    out: str,
+) -> None:
+    """Compare saved steps with each other.
+
+    The table has one row per run, stream, pair of steps, batch, group of tensors and reference:
+    distances between weights, cosines between gradients, and the cosine between the gradient at
+    one step and the way to another. Every byte that leads to a number is verified.
+    """
+    from analyze.groups import name_of, parse_groups
+    from analyze.pair_blocks import parse_lags
+    from analyze.pair_summary import pair_summary
+    from analyze.pair_table import concatenate_pairs
+    from analyze.pairs_of_run import measure_pairs
+    from analyze.tables import write_table
+    from analyze.verdict import counted
+    from capture.store.target import check_target
+
+    files = [text.removeprefix("file:") for text in references if text.startswith("file:")]
+    wanted = parse_lags(lags)
+    for path in (out, noise):
+        if path is not None:
+            check_target(path, [*runs, *files])
+    chosen: Any = parse_groups(patterns) if patterns else by
+    groupings = ["model"] if chosen == "model" else ["model", chosen]
+    place = False if no_cache else True if cache is None else cache
+    measured = []
+    for run in dict.fromkeys(runs):
+        with _progress(run) as show:
+            tables = measure_pairs(
+                run,
+                references,
+                streams=streams,
+                lags=wanted,
+                by=groupings,
+                scheduler=scheduler,
+                workers=workers,
+                progress=show,
+                cache=place,
+            )
+        measured.append(tables)
+    found = concatenate_pairs([tables[name_of(chosen)] for tables in measured])
+    write_table(found.pairs, out)
+    if noise is not None:
+        write_table(found.noise, noise)
+    _print(pair_summary(concatenate_pairs([tables["model"] for tables in measured])))
+    click.echo(f"{counted(found.pairs.num_rows)} in {out}", err=True)
+
+
+@main.command(example="analyze pca runs/first.zarr --out runs/first-path.parquet")
+@click.argument("run", type=click.Path(), metavar="RUN")
+@click.option(
+    "--by",
+    type=click.Choice(["model", "layer", "tensor", "kind"]),
+    default="model",
+    help="The tensors that are summed over. Default: model, all of them.",
+)
+@click.option(
+    "--components",
+    type=click.IntRange(1),
+    default=10,
+    help="Components in the table. Default: 10.",
+)
+@click.option(
+    "--group",
+    "patterns",
+    multiple=True,
+    metavar="LABEL=REGEX",
+    help="Instead of --by: sum over the tensors in whose names REGEX is found, as in "
+    "`analyze compute`.",
+)
+@click.option(
+    "--scheduler",
+    default="threads",
+    help="threads, or the tcp:// or tls:// address of a Dask scheduler. Default: threads.",
+)
+@click.option("--workers", type=int, help="Number of threads. Default: one per processor.")
+@click.option("--out", type=click.Path(), required=True, help="Parquet file to write.")
+def pca(
+    run: str,
+    by: str,
+    patterns: tuple[str, ...],
+    components: int,
+    scheduler: str,
+    workers: int | None,
+    out: str,
+) -> None:
+    """Find the principal components of the path of the weights.
+
+    Prints how much each explains beside a random walk, which has large components too. The table
+    has one row per group of tensors, component and saved step: the coordinate, and how far the
+    path has come.
+    """
+    from analyze.groups import parse_groups
+    from analyze.path_summary import path_summary
+    from analyze.path_table import measure_path_table
+    from analyze.tables import write_table
+    from analyze.verdict import counted
+    from capture.store.target import check_target
+
+    check_target(out, [run])
+    with _progress(run) as show:
+        table = measure_path_table(
+            run,
+            by=parse_groups(patterns) if patterns else by,
+            components=components,
+            scheduler=scheduler,
+            workers=workers,
+            progress=show,
+        )
+    write_table(table, out)
+    _print(path_summary(table))
+    click.echo(f"{counted(table.num_rows)} in {out}", err=True)
+
+
 @main.command(example="analyze schedule runs/first.zarr --out runs/rate.csv")
 @click.argument("run", metavar="RUN", type=click.Path())
 @click.option(
