@@ -29,6 +29,7 @@ import dask.array as da
 import numpy as np
 import zarr
 
+import analyze.tables
 from analyze.compute import compute_moments
 from analyze.moments import GEOMETRY, MOMENTS
 from analyze.references import parse_reference
@@ -161,16 +162,22 @@ def anonymous_bytes() -> int:
 
 
 def whole_process(run: Path, out: Path) -> Iterator[Row]:
-    """`analyze compute` from the shell: with neither kernels nor pages in a cache, then again."""
+    """`analyze compute` from the shell: with neither kernels nor pages in a cache, then with both.
+
+    Both sum every byte; `asked_again` finds the moments of the time before beside the run.
+    """
     command = [sys.executable, "-c", "from analyze.cli import main; main()", "compute", str(run)]
     with tempfile.TemporaryDirectory(prefix="straightway-kernels-") as kernels:
         environment = {**os.environ, "NUMBA_CACHE_DIR": kernels}
         evict(run)
-        for name, count in (("cold", 1), ("warm", 3)):
+        for name, count in (("cold", 1), ("warm", 5), ("asked_again", 5)):
+            options = [] if name == "asked_again" else ["--no-cache"]
+            if not options:
+                analyze.tables.measure_run(str(run))
             times = [
                 timed(
-                    lambda: subprocess.run(
-                        [*command, "--out", str(out)],
+                    lambda options=options: subprocess.run(
+                        [*command, *options, "--out", str(out)],
                         env=environment,
                         check=True,
                         capture_output=True,
