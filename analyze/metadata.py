@@ -18,6 +18,7 @@ _OPTIONAL: Mapping[str, type] = {
     "versions": dict,
     "git_commit": str,
     "weight_decay": str,
+    "adam_metric": str,
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from crc32c import crc32c
 
 from capture import __version__
-from capture.describe import Description
+from capture.describe import Description, parameter_order
 from capture.norms import Norms
 from capture.schedule import Schedule
 from capture.sources import Source
@@ -47,6 +47,8 @@ class RunPlan:
             "schedules": {name: schedule.text for name, schedule in self.schedules.items()},
             "total_steps": self.total_steps if by_length else None,
             "probes": {name: source.describe() for name, source in self.sources.items()},
+            # The optimizer's state knows its parameters by their place in this order alone.
+            "optimizer_parameters": parameter_order(self.seen),
         }
 
     def entries(self) -> dict[str, Any]:
@@ -164,11 +166,25 @@ def versions() -> dict[str, str]:
 
 
 def _check_same(plan: RunPlan, attributes: Mapping[str, Any]) -> None:
+    # What earlier versions did not keep is taken to be the same.
+    earlier = {"probes": {}, "optimizer_parameters": plan.identity["optimizer_parameters"]}
     for name, ours in plan.identity.items():
-        theirs = attributes.get(name, {} if name == "probes" else None)
+        theirs = attributes.get(name, earlier.get(name))
         if theirs != ours:
+            what = f"the run has {name} {theirs}, this recorder {ours}"
+            if name == "optimizer_parameters":
+                what = f"the run's optimizer has other parameters, {_first_other(theirs, ours)}"
             raise MismatchError(
-                f"the run has {name} {theirs}, this recorder {ours}",
+                what,
                 where=plan.path,
                 fix="resume with the same settings, or record into another path",
             )
+
+
+def _first_other(theirs: Any, ours: list[list[str]]) -> str:
+    """Say where two orders of parameters first differ."""
+    for number, (their_group, our_group) in enumerate(zip(theirs, ours, strict=False)):
+        for their_name, our_name in zip(their_group, our_group, strict=False):
+            if their_name != our_name:
+                return f"group {number} has {their_name!r} where this one has {our_name!r}"
+    return "more or fewer of them"
