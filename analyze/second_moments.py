@@ -73,7 +73,7 @@ def unusable(run: Run) -> str | None:
     """Why the optimizer of a run gives no metric, as far as the run's attributes tell."""
     facts = read_optimizer(run)
     if facts.name not in FAMILY:
-        return f"no metric: of {facts.name} none is known, as there is of {', '.join(FAMILY)}"
+        return f"no metric: none is known of {facts.name}, as there is of {', '.join(FAMILY)}"
     if facts.decay == "unknown":
         return f"no metric: the optimizer is not known to be torch's own {facts.name}"
     return None
