@@ -13,13 +13,14 @@ import pytest
 import safetensors.numpy
 import torch
 from click.testing import CliRunner
+from distributed import LocalCluster
 from torch import nn, optim
 
 from analyze import adam_blocks
 from analyze.cli import main
 from analyze.tables import measure_run, read_metadata
 from capture import Recorder
-from capture.store import MappedShard, layout, open_run
+from capture.store import DamagedError, MappedShard, layout, open_run
 from capture.store.attributes import attributes_checksum
 from capture.store.kept_states import KeptState
 from tests.analyze.adam_runs import Dense, Values, one_group, train, two_groups
@@ -485,3 +486,20 @@ def test_a_run_that_still_records_keeps_no_sums(tmp_path: Path) -> None:
     (table,) = measure_run(str(path), ["step:0"]).values()
     assert steps_with_metric(table)[0] == 4
     assert not (tmp_path / "run.moments").exists()
+
+
+def test_a_cluster_gives_the_same_bytes_and_the_same_errors(tmp_path: Path) -> None:
+    path = tmp_path / "run.zarr"
+    train(path, partial(optim.Adam, **PLAIN), extra=True)
+    options: dict[str, Any] = {"cache": False}
+    (here,) = measure_run(str(path), **options).values()
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0"
+    ) as cluster:
+        options["scheduler"] = cluster.scheduler_address
+        (there,) = measure_run(str(path), **options).values()
+        flip(next((path / KEPT).glob("000000008-*")), -1)
+        with pytest.raises(DamagedError, match="the state kept after 8 updates is damaged"):
+            measure_run(str(path), **options)
+    for column in COLUMNS:
+        np.testing.assert_array_equal(here[column], there[column])
