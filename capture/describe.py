@@ -206,16 +206,6 @@ def optimizer_facts(optimizer: optim.Optimizer) -> dict[str, Any]:
     }
 
 
-def parameter_order(seen: Description) -> list[list[str]]:
-    """Name the parameters of each group of the optimizer, in its own order, frozen ones too.
-
-    Entry i of the optimizer's ``state_dict`` is that of the i-th of them, groups one after another.
-    """
-    names = {id(parameter): name for name, parameter in seen.model.named_parameters()}
-    groups = seen.optimizer.param_groups
-    return [[names[id(parameter)] for parameter in group["params"]] for group in groups]
-
-
 def _decay_kind(optimizer: optim.Optimizer) -> str:
     name = type(optimizer).__name__
     if type(optimizer) is not getattr(optim, name, None):

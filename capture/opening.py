@@ -14,7 +14,7 @@ import torch
 from crc32c import crc32c
 
 from capture import __version__
-from capture.describe import Description, parameter_order
+from capture.describe import Description
 from capture.norms import Norms
 from capture.schedule import Schedule
 from capture.sources import Source
@@ -153,6 +153,16 @@ def note_frozen(seen: Description, writer: RunWriter) -> list[str]:
 def frozen_digests(seen: Description) -> dict[str, str]:
     """Crc32c of the bytes of every frozen tensor as 8 hexadecimal digits, by name."""
     return {name: f"{crc32c(data.tobytes()):08x}" for name, data in seen.frozen_bytes().items()}
+
+
+def parameter_order(seen: Description) -> list[list[str]]:
+    """Name the parameters of each group of the optimizer, in its own order, frozen ones too.
+
+    Entry i of the optimizer's ``state_dict`` is that of the i-th of them, groups one after another.
+    """
+    names = {id(parameter): name for name, parameter in seen.model.named_parameters()}
+    groups = seen.optimizer.param_groups
+    return [[names[id(parameter)] for parameter in group["params"]] for group in groups]
 
 
 def versions() -> dict[str, str]:

@@ -8,13 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn, optim
 
+from analyze.tables import read_metadata
 from capture import Recorder
 
 Values = NDArray[Any]
+
+# The columns, and where the states of a run lie.
+COLUMNS = ("norm_dist_adam", "norm_grad_adam", "cosine_adam", "lolr_adam")
+KEPT = "weights/value/.straightway/kept"
+# Without momentum an update is lr times what entered it, divided by M: so torch itself tells M.
+PLAIN = {"lr": 0.02, "betas": (0.0, 0.9)}
 Groups = Callable[[nn.Module], Any]
 
 
@@ -153,3 +161,18 @@ def _flatten(trained: dict[str, nn.Parameter], pick: Callable[[Any], Tensor | No
 def _flat(parameter: Tensor, value: Tensor | None) -> Values:
     found = torch.zeros_like(parameter) if value is None else value
     return found.detach().double().numpy().ravel().copy()
+
+
+def note_of(table: pa.Table) -> str:
+    (run,) = read_metadata(table)["runs"]
+    note: str = run["adam_metric"]
+    return note
+
+
+def rows_of(table: pa.Table) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = table.to_pylist()
+    return found
+
+
+def steps_with_metric(table: pa.Table, column: str = "cosine_adam") -> list[int]:
+    return sorted({row["step"] for row in rows_of(table) if not np.isnan(row[column])})

@@ -10,13 +10,8 @@ import pytest
 import torch
 from torch import nn, optim
 
-from capture.describe import (
-    Description,
-    describe,
-    optimizer_facts,
-    parameter_order,
-    unwrap,
-)
+from capture.describe import Description, describe, optimizer_facts, unwrap
+from capture.opening import parameter_order
 from capture.store import Tensor, UnsupportedModelError
 
 
