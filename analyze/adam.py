@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,11 @@ from analyze.second_moments import ORDER, Places, find_places, unusable
 from capture.store import Run, Stream, open_run
 from capture.store.kept_states import find_kept, list_kept, tree_of
 from capture.store.layout import ITERATES, UPDATES
+from capture.store.objects import ObjectPath
 
 if TYPE_CHECKING:
     from analyze.adam_blocks import Fresh
+    from analyze.schedulers import Cluster
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -71,7 +73,7 @@ def adam_moments(
     references: Sequence[Reference],
     *,
     where: Where = True,
-    scheduler: Any = "threads",
+    scheduler: str | Cluster = "threads",
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> AdamMoments:
@@ -135,6 +137,10 @@ def _usable_states(run: Run, streams: Mapping[str, Stream]) -> dict[int, _State]
     reason = unusable(run)
     if reason is not None:
         return reason
+    if isinstance(run.path, ObjectPath) and run.path.is_read_only:
+        return (
+            "no metric: a web server does not tell which states were kept; copy the run to a disk"
+        )
     kept = list_kept(run.path)
     if not kept:
         return NOT_KEPT

@@ -8,11 +8,11 @@ chunk ∩ tensor and added chunk after chunk, so that blocks and workers change 
 from __future__ import annotations
 
 import uuid
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,9 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analyze import schedulers
-from analyze.references import BoundReference, Reference
+from analyze.blocks import most_open
+from analyze.references import Reference
+from analyze.schedulers import Cluster
 from analyze.second_moments import Diagonal, find_diagonals, find_places
-from capture.store import MappedShard, Run, Stream, open_run
+from analyze.session import Plan, Session, drop, keep, session_of
+from capture.store import Run, Shard, fetch_ahead
 from capture.store.kept_states import KeptState
 from capture.store.layout import WEIGHTS
 from capture.store.objects import ObjectPath
@@ -48,7 +51,7 @@ def measure(
     steps: Mapping[str, Integers],
     references: Sequence[Reference],
     *,
-    scheduler: Any = "threads",
+    scheduler: str | Cluster = "threads",
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Fresh] | str:
@@ -57,39 +60,31 @@ def measure(
     In words, why there is no metric. Arguments and errors as in `analyze.adam.adam_moments`.
     """
     threads = schedulers.check(scheduler, workers)
-    known = sorted({int(step) for listed in steps.values() for step in listed})
-    at = {step: tuple(name for name in steps if step in steps[name]) for step in known}
-    plan = _Plan(uuid.uuid4().hex, absolute_address(path), tuple(references))
+    plan = Plan(
+        uuid.uuid4().hex,
+        absolute_address(path),
+        tuple(steps),
+        tuple(references),
+        (),
+        schedulers.tasks_at_once(scheduler, threads),
+    )
+    session = Session(plan)
+    plan = replace(plan, seen=session.seen(plan.streams))
+    keep(plan, session)
     try:
-        session = _open(plan)
-        blocks = [
-            _Block(step, at[step], part) for step in known for part in session.cut(at, threads)
-        ]
+        blocks = list(cut(session.run, steps, threads))
         tasks = [partial(_measure, plan, block) for block in blocks]
         results = schedulers.run(tasks, scheduler, threads, progress)
-        reasons = [result for result in results if isinstance(result, str)]
-        if reasons:
-            return reasons[0]
-        measured = [result for result in results if not isinstance(result, str)]
-        return {
-            name: _assemble(session, name, listed, blocks, measured)
-            for name, listed in steps.items()
-        }
     finally:
-        _open.cache_clear()
+        drop(plan)
+    measured = [result for result in results if not isinstance(result, str)]
+    if len(measured) < len(results):
+        return next(result for result in results if isinstance(result, str))
+    return {name: _assemble(session, name, steps[name], blocks, measured) for name in steps}
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What a worker has to know; `token` keeps one call's open files from serving the next."""
-
-    token: str
-    path: str
-    references: tuple[Reference, ...]
-
-
-@dataclass(frozen=True)
-class _Block:
+class Block:
     """The state kept after `step` updates, the streams with a row there, and some inner chunks."""
 
     step: int
@@ -97,122 +92,129 @@ class _Block:
     chunks: range
 
 
-@dataclass(frozen=True)
-class _Partial:
-    """The sums of one inner chunk cut into S tensors: `dist` ``[R, S]``, `grad` ``[B, S]``."""
+def cut(run: Run, steps: Mapping[str, Integers], threads: int) -> Iterator[Block]:
+    """Cut the work into blocks: one for each state, more where a few keep not all threads busy.
 
-    dist: Floats
-    grad: dict[str, Floats]
+    Each block verifies the whole state, so one that has to be fetched is never cut.
+    """
+    grid = run.stream(WEIGHTS).grid
+    states = sorted({int(step) for listed in steps.values() for step in listed})
+    parts = 1
+    if not isinstance(run.path, ObjectPath) and len(states) < threads:
+        parts = min(grid.num_chunks, -(-_BLOCKS_PER_WORKER * threads // len(states)))
+    size = -(-grid.num_chunks // parts)
+    for step in states:
+        streams = tuple(name for name in steps if step in steps[name])
+        for first in range(0, grid.num_chunks, size):
+            yield Block(step, streams, range(first, min(first + size, grid.num_chunks)))
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """The sums of a block by chunk, and which tensors have second moments, int64 ``[P]``."""
+    """The sums of a block: for each chunk `dist` ``[R, S]`` and `grad` ``[N, S]``.
+
+    S tensors cut a chunk; N are the gradients of the block, stream after stream. `known` is whether
+    a tensor has second moments, int64 ``[P]``.
+    """
 
     known: Integers
-    partials: list[_Partial]
+    dist: list[Floats]
+    grad: list[Floats]
 
 
-class _Session:
-    """A run with its references, open in one process for one call of `measure`."""
-
-    def __init__(self, plan: _Plan) -> None:
-        self.run: Run = open_run(plan.path)
-        self.weights: Stream = self.run.stream(WEIGHTS)
-        self.references: list[BoundReference] = [
-            reference.bind(self.run) for reference in plan.references
-        ]
-        # When `_open` has dropped the session and the last block is done with it.
-        weakref.finalize(self, _close, self.references)
-
-    def cut(self, states: Mapping[int, Any], threads: int) -> Iterator[range]:
-        """Cut the inner chunks so that a few states keep all threads busy.
-
-        Each block verifies the whole state, so one that has to be fetched is never cut.
-        """
-        chunks, parts = self.weights.grid.num_chunks, 1
-        if not isinstance(self.run.path, ObjectPath) and len(states) < threads:
-            parts = -(-_BLOCKS_PER_WORKER * threads // len(states))
-        size = -(-chunks // min(parts, chunks))
-        for first in range(0, chunks, size):
-            yield range(first, min(first + size, chunks))
-
-    def segments(self, chunk: int) -> tuple[int, Integers]:
-        """Give the first tensor of a chunk, and where tensors cut it, from 0 to its length."""
-        offsets = self.run.table.offsets
-        start, stop = self.weights.grid.bounds(chunk)
-        first = int(np.searchsorted(offsets, start, "right")) - 1
-        last = int(np.searchsorted(offsets, stop, "left"))
-        return first, np.clip(offsets[first : last + 1], start, stop) - start
-
-
-def _close(references: Sequence[BoundReference]) -> None:
-    for reference in references:
-        reference.close()
-
-
-# At most two stay open on a worker that waits for the next call.
-@lru_cache(maxsize=2)
-def _open(plan: _Plan) -> _Session:
-    return _Session(plan)
-
-
-def _measure(plan: _Plan, block: _Block) -> _Measured | str:
-    """Measure one block; runs on a worker."""
-    session = _open(plan)
-    with ExitStack() as stack:
-        state = stack.enter_context(KeptState(session.run.path, block.step))
+def _measure(plan: Plan, block: Block) -> _Measured | str:
+    """Measure one block; runs on a worker, which opens no more of it at a time than it may."""
+    session = session_of(plan)
+    with KeptState(session.run.path, block.step) as state:
         places = find_places(session.run, state.tree)
         found = places if isinstance(places, str) else find_diagonals(session.run, places, state)
         if isinstance(found, str):
             return found
-        row = session.weights.row_of(block.step)
-        weights = stack.enter_context(session.weights.open(row))
-        gradients = {
-            name: [stack.enter_context(s) for s in _shards(session.run.stream(name), block.step)]
-            for name in block.streams
-        }
-        if block.chunks.start == 0:  # once per state: what is in the files beside the chunks
-            for shard in (weights, *(shard for shards in gradients.values() for shard in shards)):
-                shard.verify_rest()
-        partials = []
-        for chunk in block.chunks:
-            parts = _diagonals(session, state, found, chunk)
-            w = _verified(weights, chunk)
-            dist = [_sum_dist(w, bound.chunk(chunk), parts) for bound in session.references]
-            grad = {
-                name: np.array([_sum_grad(_verified(shard, chunk), parts) for shard in shards])
-                for name, shards in gradients.items()
-            }
-            partials.append(_Partial(np.array(dist), grad))
-    return _Measured(np.array([diagonal is not None for diagonal in found], np.int64), partials)
+        metric = _Metric(session, state, found)
+        known = np.array([diagonal is not None for diagonal in found], np.int64)
+        gradients = list(_gradients(session.run, block))
+        most = max(1, most_open(plan.threads) - 1)
+        pieces = [gradients[first : first + most] for first in range(0, len(gradients), most)]
+        by_piece = [_grad_sums(metric, block, piece) for piece in pieces]
+        grad = [np.concatenate(parts) for parts in zip(*by_piece, strict=True)]
+        return _Measured(known, _dist_sums(metric, block), grad)
 
 
-def _shards(stream: Stream, step: int) -> Iterator[MappedShard]:
-    for batch in [None] if stream.batches is None else range(stream.batches):
-        yield stream.open(stream.row_of(step), batch)
+def _gradients(run: Run, block: Block) -> Iterator[tuple[str, int | None]]:
+    """Name the gradients of a block: stream and batch."""
+    for name in block.streams:
+        batches = run.stream(name).batches
+        for batch in [None] if batches is None else range(batches):
+            yield name, batch
 
 
 # Each tensor's part of a chunk, with M there; `None` where the tensor has none.
 _Parts = list[tuple[slice, Floats | None]]
 
 
-def _diagonals(
-    session: _Session, state: KeptState, found: Sequence[Diagonal | None], chunk: int
-) -> _Parts:
-    first, cuts = session.segments(chunk)
-    before = session.weights.grid.bounds(chunk)[0] - session.run.table.offsets
-    parts: _Parts = []
-    for tensor, (start, stop) in enumerate(pairwise(cuts.tolist()), first):
-        diagonal, skip = found[tensor], int(before[tensor])
-        values = None if diagonal is None else diagonal.read(state, skip + start, skip + stop)
-        parts.append((slice(start, stop), values))
-    return parts
+@dataclass(frozen=True)
+class _Metric:
+    """An open state, and the diagonal of M for each tensor."""
+
+    session: Session
+    state: KeptState
+    diagonals: Sequence[Diagonal | None]
+
+    def parts(self, chunk: int) -> _Parts:
+        """Compute M on one inner chunk, tensor by tensor."""
+        if self.session.stopped:
+            raise CancelledError
+        first, cuts = self.session.segments[chunk]
+        before = self.session.weights.grid.bounds(chunk)[0] - self.session.run.table.offsets
+        parts: _Parts = []
+        for tensor, (start, stop) in enumerate(pairwise(cuts.tolist()), first):
+            diagonal, skip = self.diagonals[tensor], int(before[tensor])
+            part = (self.state, skip + start, skip + stop)
+            parts.append((slice(start, stop), None if diagonal is None else diagonal.read(*part)))
+        return parts
 
 
-def _verified(shard: MappedShard, chunk: int) -> NDArray[Any]:
+def _dist_sums(metric: _Metric, block: Block) -> list[Floats]:
+    """Sum the distances to every reference, chunk by chunk ``[R, S]``."""
+    session = metric.session
+    with session.weights.open(session.weights.row_of(block.step)) as weights:
+        fetch_ahead([weights], block.chunks)
+        sums = []
+        for chunk in block.chunks:
+            parts, w = metric.parts(chunk), _verified(weights, chunk)
+            found = [_sum_dist(w, bound.chunk(chunk), parts) for bound in session.references]
+            sums.append(np.array(found))
+        if block.chunks.start == 0:  # once per state: what is in the file beside the chunks
+            weights.verify_rest()
+    return sums
+
+
+def _grad_sums(
+    metric: _Metric, block: Block, gradients: Sequence[tuple[str, int | None]]
+) -> list[Floats]:
+    """Sum the norms of some gradients, chunk by chunk ``[N, S]``."""
+    run = metric.session.run
+    with ExitStack() as stack:
+        shards = [
+            stack.enter_context(run.stream(name).open(run.stream(name).row_of(block.step), batch))
+            for name, batch in gradients
+        ]
+        fetch_ahead(shards, block.chunks)
+        sums = []
+        for chunk in block.chunks:
+            parts = metric.parts(chunk)
+            sums.append(np.array([_sum_grad(_verified(s, chunk), parts) for s in shards]))
+        if block.chunks.start == 0:
+            for shard in shards:
+                shard.verify_rest()
+    return sums
+
+
+def _verified(shard: Shard, chunk: int) -> NDArray[Any]:
+    # In this order: what was fetched need not be fetched again to be verified.
+    values = shard.chunk(chunk)
     shard.verify_chunk(chunk)
-    return shard.chunk(chunk)
+    return values
 
 
 def _sum_dist(weights: NDArray[Any], reference: NDArray[Any], parts: _Parts) -> Floats:
@@ -242,10 +244,10 @@ def _sum_grad(gradient: NDArray[Any], parts: _Parts) -> Floats:
 
 
 def _assemble(
-    session: _Session,
+    session: Session,
     name: str,
     steps: Integers,
-    blocks: Sequence[_Block],
+    blocks: Sequence[Block],
     results: Sequence[_Measured],
 ) -> Fresh:
     """Add the partial sums of one stream, for each tensor chunk after chunk."""
@@ -254,12 +256,14 @@ def _assemble(
     grad = np.zeros((len(steps), batches or 1, tensors))
     known = np.zeros((len(steps), tensors), np.int64)
     for block, measured in zip(blocks, results, strict=True):
-        if name in block.streams:
-            place = int(np.searchsorted(steps, block.step))
-            known[place] = measured.known
-            for chunk, partial_sums in zip(block.chunks, measured.partials, strict=True):
-                first, cuts = session.segments(chunk)
-                own = slice(first, first + len(cuts) - 1)
-                dist[place, :, own] += partial_sums.dist
-                grad[place, :, own] += partial_sums.grad[name]
+        if name not in block.streams:
+            continue
+        place = int(np.searchsorted(steps, block.step))
+        own = [index for index, (n, _) in enumerate(_gradients(session.run, block)) if n == name]
+        known[place] = measured.known
+        for number, chunk in enumerate(block.chunks):
+            first, cuts = session.segments[chunk]
+            inside = slice(first, first + len(cuts) - 1)
+            dist[place, :, inside] += measured.dist[number]
+            grad[place, :, inside] += measured.grad[number][own]
     return Fresh(dist, grad[:, 0] if batches is None else grad, known)

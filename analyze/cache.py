@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from crc32c import crc32c
@@ -41,6 +41,9 @@ from capture.store.place import (
 )
 from capture.store.plain import build, parse
 from capture.store.tensors import Tensor
+
+if TYPE_CHECKING:
+    from analyze.schedulers import Cluster
 
 logger = logging.getLogger("analyze")
 
@@ -166,7 +169,7 @@ def measured_moments(
     references: Sequence[Reference],
     *,
     where: Where = True,
-    scheduler: str = "threads",
+    scheduler: str | Cluster = "threads",
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Moments:
@@ -181,9 +184,7 @@ def measured_moments(
     cache = cache_of(run, where)
     texts = [reference.text for reference in references]
     identities = [reference.identity(run) for reference in references]
-    kept = {
-        stream: _find(cache, run.stream(stream), identities) for stream in dict.fromkeys(streams)
-    }
+    kept = _find_all(cache, run, streams, identities)
     for lacking, names in _by_lack(kept, identities).items():
         from analyze.compute import compute_moments
 
@@ -202,6 +203,27 @@ def measured_moments(
         for name, entries in kept.items()
     }
     return Moments(tuple(texts), found)
+
+
+def lacking_moments(
+    path: str, streams: Sequence[str], references: Sequence[Reference], *, where: Where = True
+) -> list[tuple[list[str], list[Reference]]]:
+    """List what `measured_moments` would sum: some streams, and the references they all lack."""
+    run = open_run(path)
+    identities = [reference.identity(run) for reference in references]
+    kept = _find_all(cache_of(run, where), run, streams, identities)
+    return [
+        (names, [references[identities.index(identity)] for identity in lacking])
+        for lacking, names in _by_lack(kept, identities).items()
+    ]
+
+
+def _find_all(
+    cache: MomentsCache | None, run: Run, streams: Sequence[str], identities: Sequence[str]
+) -> dict[str, dict[str, Entry]]:
+    return {
+        stream: _find(cache, run.stream(stream), identities) for stream in dict.fromkeys(streams)
+    }
 
 
 def _find(

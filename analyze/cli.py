@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 
+from analyze.commands.measure import compute, pairs, pca, schedule
+from analyze.commands.tell import compare, export, methods, report
 from capture import __version__
 from capture.command_line import Group
 
@@ -28,133 +29,9 @@ def main(context: click.Context) -> None:
     context.with_resource(_terminable())
 
 
-@main.command(
-    example="analyze compute runs/first.zarr --reference final --reference step:0 \\\n"
-    "  --out runs/first.parquet"
-)
-@click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=click.Path())
-@click.option(
-    "--reference",
-    "references",
-    multiple=True,
-    default=("final",),
-    help="The point w* to measure against, may be repeated: final, step:N, mean:K, "
-    "run:PATH[@STEP] or file:PATH. Default: final.",
-)
-@click.option(
-    "--stream",
-    "streams",
-    multiple=True,
-    help="Stream of gradients, updates or weights, may be repeated. Default: all but the weights.",
-)
-@click.option(
-    "--by",
-    type=click.Choice(["model", "layer", "tensor", "kind"]),
-    default="model",
-    help="The tensors that are summed over. Default: model, all of them.",
-)
-@click.option(
-    "--group",
-    "patterns",
-    multiple=True,
-    metavar="LABEL=REGEX",
-    help="Instead of --by: sum over the tensors in whose names REGEX is found, may be repeated; "
-    "the first that fits counts, and what fits none is the group rest.",
-)
-@click.option(
-    "--scheduler",
-    default="threads",
-    help="threads, or the tcp:// or tls:// address of a Dask scheduler. Default: threads.",
-)
-@click.option("--workers", type=int, help="Number of threads. Default: one per processor.")
-@click.option(
-    "--cache",
-    type=click.Path(),
-    help="Folder for the moments that were summed before. Default: NAME.moments beside the run.",
-)
-@click.option("--no-cache", is_flag=True, help="Sum again, and keep nothing.")
-@click.option("--out", type=click.Path(), required=True, help="Parquet file to write.")
-def compute(
-    runs: tuple[str, ...],
-    references: tuple[str, ...],
-    streams: tuple[str, ...],
-    by: str,
-    patterns: tuple[str, ...],
-    scheduler: str,
-    workers: int | None,
-    cache: str | None,
-    no_cache: bool,
-    out: str,
-) -> None:
-    """Measure runs into a table, and print the verdict.
-
-    RUN is a folder that `capture train --out` or a Recorder wrote. The table has one row per run,
-    stream, step, batch, group of tensors and reference. Every byte that leads to a number is
-    verified when it is first read; what was summed from it is kept, so that the next question
-    about the same gradients and references reads none of them again.
-    """
-    from analyze.groups import name_of, parse_groups
-    from analyze.tables import concatenate, measure_run, write_table
-    from analyze.verdict import counted, verdict
-    from capture.store.target import check_target
-
-    files = [text.removeprefix("file:") for text in references if text.startswith("file:")]
-    check_target(out, [*runs, *files])
-    chosen: Any = parse_groups(patterns) if patterns else by
-    groupings = ["model"] if chosen == "model" else ["model", chosen]
-    place = False if no_cache else True if cache is None else cache
-    measured = []
-    for run in dict.fromkeys(runs):
-        with _progress(run) as show:
-            tables = measure_run(
-                run,
-                references,
-                streams=streams,
-                by=groupings,
-                scheduler=scheduler,
-                workers=workers,
-                progress=show,
-                cache=place,
-            )
-        measured.append(tables)
-    table = concatenate([tables[name_of(chosen)] for tables in measured])
-    write_table(table, out)
-    _print(verdict(concatenate([tables["model"] for tables in measured])))
-    click.echo(f"{counted(table.num_rows)} in {out}; next:", err=True)
-    page = shlex.quote(f"{out.removesuffix('.parquet')}.html")
-    click.echo(f"  analyze report {shlex.quote(out)} --out {page}", err=True)
-
-
-@main.command(example="analyze report runs/first.zarr --out runs/first.html")
-@click.argument("inputs", nargs=-1, required=True, metavar="RUN|TABLE…", type=click.Path())
-@click.option("--out", type=click.Path(), required=True, help="HTML page to write.")
-@click.option("--figures", type=click.Path(), help="Folder to which each figure goes as a file.")
-@click.option("--format", "formats", help="Of these files: png, svg, pdf or several. Default: pdf.")
-@click.option(
-    "--width",
-    type=click.FloatRange(1.5, 20),
-    default=3.25,
-    help="Of these files, in inches: 3.25 for one column of a paper, 6.75 for two. Default: 3.25.",
-)
-def report(
-    inputs: tuple[str, ...], out: str, figures: str | None, formats: str | None, width: float
-) -> None:
-    """Make one HTML page of figures and exact values.
-
-    The page needs no network. A TABLE is what `analyze compute` wrote; a RUN is measured against
-    final.
-    """
-    from analyze.report import write_report
-    from capture.store.errors import UsageError
-    from capture.store.target import check_target
-
-    if formats is not None and figures is None:
-        raise UsageError("--format is for files of figures", fix="say where with --figures DIR")
-    check_target(out, inputs)
-    chosen = [] if figures is None else ("pdf" if formats is None else formats).split(",")
-    written = write_report(inputs, out, figures_dir=figures, formats=chosen, width=width)
-    for path in written:
-        click.echo(str(path), err=True)
+# In the order in which help lists them.
+for each in (compute, report, compare, pairs, pca, schedule, export, methods):
+    main.add_command(each)
 
 
 @contextmanager
@@ -173,24 +50,3 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _progress(run: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a bar of the blocks done, on stderr and only on a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"measuring {escape(run)}", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _print(text: str) -> None:
-    """Print, with question marks for what the terminal's encoding cannot show."""
-    encoding = sys.stdout.encoding or "utf-8"
-    click.echo(text.encode(encoding, "replace").decode(encoding))

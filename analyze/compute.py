@@ -10,32 +10,32 @@ from __future__ import annotations
 
 import os
 import uuid
-import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
-from crc32c import crc32c
 from numpy.typing import NDArray
 
 from analyze import schedulers
-from analyze.blocks import Block, cut
-from analyze.moment_table import MOMENTS, Moments, StreamMoments
-from analyze.moments import moment_kind, segment_moments
-from analyze.references import BoundReference, Reference
-from capture.store import (
-    DamagedError,
-    MappedShard,
-    Run,
-    Stream,
-    UnknownNameError,
-    UsageError,
-    open_run,
+from analyze.blocks import Block, cut, most_open, pieces
+from analyze.moment_table import (
+    MOMENTS,
+    NEXT_BOTH,
+    NEXT_GRADIENT,
+    NEXT_REFERENCE,
+    Moments,
+    StreamMoments,
 )
-from capture.store.layout import ITERATES, WEIGHTS
+from analyze.moments import moment_kind, segment_moments
+from analyze.references import Reference
+from analyze.schedulers import Cluster
+from analyze.session import Plan, Session, drop, keep, session_of
+from capture.store import Shard, UsageError, fetch_ahead
+from capture.store.layout import ITERATES
 from capture.store.place import absolute_address
 
 
@@ -45,7 +45,7 @@ def compute_moments(
     references: Sequence[Reference],
     *,
     moments: Sequence[str] = MOMENTS,
-    scheduler: str = "threads",
+    scheduler: str | Cluster = "threads",
     workers: int | None = None,
     rows_per_block: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -53,111 +53,95 @@ def compute_moments(
     """Measure every row of `streams` against all `references` in one pass over the run.
 
     A gradient or update of step t is paired with the weights of step t. Every byte that leads to a
-    number is verified. `scheduler` is `threads`, `synchronous`, or the address of a running
-    dask.distributed cluster (`tcp://…`, `tls://…`) whose workers see the same paths; `workers` is
-    the number of threads, by default one per processor. `progress` is called with the numbers of
-    blocks done and of all blocks. Any `InputError` of the run or a reference is raised as it is,
-    and gives no numbers.
+    number is verified. `scheduler` is `threads`, `synchronous`, the address of a running
+    dask.distributed cluster whose workers see the same paths, or a `Cluster` where it needs
+    certificates; `workers` is the number of threads, by default one per processor. `progress` is
+    called with the numbers of blocks done and of all blocks. Any `InputError` of the run or a
+    reference is raised as it is, and gives no numbers. A mean, or a reference on an object store,
+    is kept in the folder for temporary files (`TMPDIR`) of every process that works, until the end.
     """
     threads = schedulers.check(scheduler, workers)
     if not references:
         raise UsageError("there is no reference to measure against", fix="give one, such as final")
     names = tuple(dict.fromkeys(streams))
-    token, path = uuid.uuid4().hex, absolute_address(run)
-    plan = _Plan(token, path, names, tuple(references), moment_kind(moments))
+    plan = Plan(
+        uuid.uuid4().hex,
+        absolute_address(run),
+        names,
+        tuple(references),
+        moment_kind(moments),
+        schedulers.tasks_at_once(scheduler, threads),
+    )
+    session = Session(plan)
+    plan = replace(plan, seen=session.seen(names))
+    keep(plan, session)
     try:
-        session = _open(plan)
+        sums = {name: _Sums(session, name) for name in names}
         blocks = [
             block
             for name in names
             for block in cut(session.run.stream(name), threads, rows_per_block)
         ]
-        tasks = [partial(_measure, plan, block) for block in blocks]
-        results = schedulers.run(tasks, scheduler, threads, progress)
-        measured = {name: _assemble(session, name, blocks, results) for name in names}
+        tasks = [partial(measure_block, plan, block) for block in blocks]
+        schedulers.run_each(
+            tasks,
+            scheduler,
+            threads,
+            lambda number, part: sums[blocks[number].stream].add(blocks[number], part),
+            progress,
+        )
     finally:
-        _open.cache_clear()
-    return Moments(tuple(reference.text for reference in references), measured)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a worker has to know; `token` keeps one call's open files from serving the next."""
-
-    token: str
-    path: str
-    streams: tuple[str, ...]
-    references: tuple[Reference, ...]
-    moments: tuple[str, ...]
+        drop(plan)
+    return Moments(
+        tuple(reference.text for reference in references),
+        {name: part.moments() for name, part in sums.items()},
+    )
 
 
 # Per chunk of a block: sums [rows, B, R, S, 7] and non-finite counts [rows, B, R, S].
 _Partials = list[tuple[NDArray[np.float64], NDArray[np.int64]]]
 
 
-class _Session:
-    """A run with its references, open in one process for one call of `compute_moments`."""
-
-    def __init__(self, plan: _Plan) -> None:
-        self.run: Run = open_run(plan.path)
-        # The streams first: in a run that is still recording, their weights are there by now.
-        for name in plan.streams:
-            self.run.stream(name)
-        self.weights: Stream = self.run.stream(WEIGHTS)
-        self.references: list[BoundReference] = [
-            reference.bind(self.run) for reference in plan.references
-        ]
-        # When `_open` has dropped the session and the last block is done with it.
-        weakref.finalize(self, _close, self.references)
-
-    @cached_property
-    def segments(self) -> list[tuple[int, NDArray[np.int64]]]:
-        """Per inner chunk: its first tensor, and where tensors cut it, from 0 to its length."""
-        grid, offsets = self.weights.grid, self.run.table.offsets
-        found = []
-        for chunk in range(grid.num_chunks):
-            start, stop = grid.bounds(chunk)
-            first = int(np.searchsorted(offsets, start, "right")) - 1
-            last = int(np.searchsorted(offsets, stop, "left"))
-            found.append((first, np.clip(offsets[first : last + 1], start, stop) - start))
-        return found
-
-    def weights_row(self, stream: Stream, row: int) -> int:
-        """Row of the weights at which a row of `stream` was taken."""
-        step = int(stream.steps[row])
-        try:
-            return self.weights.row_of(step)
-        except UnknownNameError as error:
-            raise DamagedError(
-                f"row {row} (step {step}) of {stream.name!r} has no weights of the same step",
-                where=self.run.path,
-                fix="restore the run from a copy, or record it again",
-            ) from error
+def measure_block(plan: Plan, block: Block) -> _Partials:
+    """Measure one block; runs on a worker, which opens no more of it at a time than it may."""
+    session = session_of(plan)
+    batches = session.run.stream(block.stream).batches or 1
+    by_rows = [
+        [_measure_piece(session, plan, block, rows, some) for rows, some in ranges]
+        for ranges in pieces(block.rows, batches, most_open(plan.threads))
+    ]
+    if len(by_rows) == len(by_rows[0]) == 1:
+        return by_rows[0][0]
+    return [_join(by_rows, chunk) for chunk in range(len(block.chunks))]
 
 
-def _close(references: Sequence[BoundReference]) -> None:
-    for reference in references:
-        reference.close()
+def _join(by_rows: list[list[_Partials]], chunk: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Put the pieces of one chunk together: batches on axis 1, then rows on axis 0."""
+    sums, counts = (
+        np.concatenate(
+            [np.concatenate([piece[chunk][kind] for piece in row], axis=1) for row in by_rows]
+        )
+        for kind in range(2)
+    )
+    return sums, counts
 
 
-# At most two stay open on a worker that waits for the next call.
-@lru_cache(maxsize=2)
-def _open(plan: _Plan) -> _Session:
-    return _Session(plan)
-
-
-def _measure(plan: _Plan, block: Block) -> _Partials:
-    """Measure one block; runs on a worker."""
-    session = _open(plan)
+def _measure_piece(
+    session: Session, plan: Plan, block: Block, rows: range, batches: range
+) -> _Partials:
     partials: _Partials = []
     with ExitStack() as stack:
-        rows = [_open_row(session, block, row, stack) for row in block.rows]
+        opened = [_open_row(session, block, row, batches, stack) for row in rows]
+        # In the order in which they are used below; only what lies on object stores is asked for.
+        fetch_ahead([shard for weights, more in opened for shard in (weights, *more)], block.chunks)
         for chunk in block.chunks:
+            if session.stopped:
+                raise CancelledError
             references = [reference.chunk(chunk) for reference in session.references]
             cuts = session.segments[chunk][1]
             measured = [
                 _measure_row(weights, gradients, chunk, references, cuts, plan.moments)
-                for weights, gradients in rows
+                for weights, gradients in opened
             ]
             sums, nonfinite = (np.stack(part) for part in zip(*measured, strict=True))
             partials.append((sums, nonfinite))
@@ -165,25 +149,22 @@ def _measure(plan: _Plan, block: Block) -> _Partials:
 
 
 def _open_row(
-    session: _Session, block: Block, row: int, stack: ExitStack
-) -> tuple[MappedShard, list[MappedShard]]:
-    """Map one row: its weights and, where the stream is not the weights, each of its batches."""
+    session: Session, block: Block, row: int, batches: range, stack: ExitStack
+) -> tuple[Shard, list[Shard]]:
+    """Open one row: its weights and, where the stream is not the weights, some of its batches."""
     stream = session.run.stream(block.stream)
     if stream.name in ITERATES:
         weights, gradients = stack.enter_context(stream.open(row)), []
     else:
         weights = stack.enter_context(session.weights.open(session.weights_row(stream, row)))
-        batches: Sequence[int | None] = [None] if stream.batches is None else range(stream.batches)
-        gradients = [stack.enter_context(stream.open(row, batch)) for batch in batches]
-    if block.chunks[0] == 0:  # once per row: what is in the files beside the chunks
-        for shard in (weights, *gradients):
-            shard.verify_rest()
+        numbers: Sequence[int | None] = [None] if stream.batches is None else batches
+        gradients = [stack.enter_context(stream.open(row, batch)) for batch in numbers]
     return weights, gradients
 
 
 def _measure_row(
-    weights: MappedShard,
-    gradients: list[MappedShard],
+    weights: Shard,
+    gradients: list[Shard],
     chunk: int,
     references: list[NDArray[Any]],
     cuts: NDArray[np.int64],
@@ -193,66 +174,86 @@ def _measure_row(
 
     The first pass over the bytes of a shard takes their checksum as well.
     """
-    w = weights.chunk(chunk)
+    w, g = weights.chunk(chunk), None
     shape = (max(1, len(gradients)), len(references), len(cuts) - 1)
     sums, nonfinite = np.empty((*shape, len(MOMENTS))), np.empty(shape, np.int64)
     for batch, place in np.ndindex(shape[:2]):
-        gradient = gradients[batch] if gradients else None
+        if gradients and place == 0:
+            g = gradients[batch].chunk(chunk)
         found = segment_moments(
-            None if gradient is None else gradient.chunk(chunk),
+            g,
             w,
             references[place],
             cuts,
-            moments=moments,
+            moments=_lacking(moments, batch, place),
             check_weights=batch == place == 0,
             check_gradient=place == 0,
         )
         if batch == place == 0:
-            _confirm(weights, chunk, found.weights_checksum)
-        if gradient is not None and place == 0:
-            _confirm(gradient, chunk, found.gradient_checksum)
+            weights.confirm(chunk, found.weights_checksum)
+        if gradients and place == 0:
+            gradients[batch].confirm(chunk, found.gradient_checksum)
         sums[batch, place], nonfinite[batch, place] = found.sums, found.nonfinite
+    if moments == MOMENTS and gradients:
+        sums[1:, :, :, _OF_WEIGHTS] = sums[:1, :, :, _OF_WEIGHTS]
+        sums[:, 1:, :, _OF_GRADIENT] = sums[:, :1, :, _OF_GRADIENT]
+    if chunk == 0:  # once per shard: what is in the file beside the chunks
+        for shard in (weights, *gradients):
+            shard.verify_rest()
     return sums, nonfinite
 
 
-def _confirm(shard: MappedShard, chunk: int, checksum: int | None) -> None:
-    """Compare a chunk with its committed checksum; the store has the last word.
+# What is the same for every gradient at w, and what for every w*; ‖w‖² is both.
+_OF_WEIGHTS = [MOMENTS.index(name) for name in ("ee", "we", "ww")]
+_OF_GRADIENT = [MOMENTS.index(name) for name in ("gg", "gw", "ww")]
 
-    `checksum` covers the coordinates of the chunk; padding that follows them in the last chunk is
-    added here.
+
+def _lacking(moments: tuple[str, ...], batch: int, reference: int) -> tuple[str, ...]:
+    """Which of `moments` the sums of the batches and references before do not have already."""
+    if moments != MOMENTS or batch == reference == 0:
+        return moments
+    if batch and reference:
+        return NEXT_BOTH
+    return NEXT_GRADIENT if batch else NEXT_REFERENCE
+
+
+class _Sums:
+    """The sums of one stream: partial ones are added for each tensor chunk after chunk.
+
+    Blocks may come in any order; those whose predecessors are missing wait.
     """
-    if checksum is not None:
-        grid = shard.stream.grid
-        start, stop = grid.bounds(chunk)
-        begin = shard.data_start + chunk * grid.chunk_bytes
-        used = (stop - start) * shard.stream.dtype.itemsize
-        padding = shard.raw(begin + used, begin + grid.chunk_bytes)
-        if crc32c(padding, checksum) == int(shard.commit.chunks[chunk], 16):
-            return
-    shard.verify_chunk(chunk)
 
+    def __init__(self, session: Session, name: str) -> None:
+        # Not the session itself: it closes its references when nobody holds it.
+        self._segments = session.segments
+        self._stream = session.run.stream(name)
+        rows, parameters = len(self._stream.steps), session.run.table.parameters
+        shape = (rows, self._stream.batches or 1, len(session.references), len(parameters))
+        self._array, self._nonfinite = np.zeros((*shape, len(MOMENTS))), np.zeros(shape, np.int64)
+        self._next: dict[range, int] = {}
+        self._waiting: dict[tuple[range, int], tuple[Block, _Partials]] = {}
 
-def _assemble(
-    session: _Session, name: str, blocks: Sequence[Block], results: Sequence[_Partials]
-) -> StreamMoments:
-    """Add the partial sums of one stream, for each tensor chunk after chunk."""
-    stream = session.run.stream(name)
-    shape = (
-        len(stream.steps),
-        stream.batches or 1,
-        len(session.references),
-        len(session.run.table.parameters),
-    )
-    array, nonfinite = np.zeros((*shape, len(MOMENTS))), np.zeros(shape, np.int64)
-    for block, partials in zip(blocks, results, strict=True):
-        if block.stream != name:
-            continue
+    def add(self, block: Block, partials: _Partials) -> None:
+        """Take the partial sums of one block."""
+        rows = block.rows
+        self._waiting[rows, block.chunks.start] = block, partials
+        while (key := (rows, self._next.get(rows, 0))) in self._waiting:
+            block, partials = self._waiting.pop(key)
+            self._add(block, partials)
+            self._next[rows] = block.chunks.stop
+
+    def _add(self, block: Block, partials: _Partials) -> None:
         rows = slice(block.rows.start, block.rows.stop)
         for chunk, (sums, counts) in zip(block.chunks, partials, strict=True):
-            first, cuts = session.segments[chunk]
+            first, cuts = self._segments[chunk]
             tensors = slice(first, first + len(cuts) - 1)
-            array[rows, :, :, tensors] += sums
-            nonfinite[rows, :, :, tensors] += counts
-    if stream.batches is None:
-        array, nonfinite = array[:, 0], nonfinite[:, 0]
-    return StreamMoments(name, stream.steps, stream.batches, array, nonfinite)
+            self._array[rows, :, :, tensors] += sums
+            self._nonfinite[rows, :, :, tensors] += counts
+
+    def moments(self) -> StreamMoments:
+        """Give the sums when every block was taken."""
+        assert not self._waiting, "every block was taken"
+        stream, array, nonfinite = self._stream, self._array, self._nonfinite
+        if stream.batches is None:
+            array, nonfinite = array[:, 0], nonfinite[:, 0]
+        return StreamMoments(stream.name, stream.steps, stream.batches, array, nonfinite)

@@ -16,12 +16,17 @@ q_t = (1, 0) F_{N-1} … F_t follows exactly, whatever the gradients are,
 If all gradients of a tensor were orthogonal to each other, and to w_0 where λ > 0, then
 
     ⟨g_t, e_t⟩₀ = a_t ‖g_t‖²,     ‖e_t‖²₀ = r_t S_t r_tᵀ + Σ_{t≤s<N} a_s² ‖g_s‖²,
-    S_{s+1} = F_s S_s F_sᵀ + ‖g_s‖² G_s G_sᵀ,     S_0 = diag(‖w_0‖², 0).
+    S_{s+1} = F_s S_s F_sᵀ + ‖g_s‖² G_s G_sᵀ,     S_0 = diag(‖w_0‖², 0),
+
+and of the update u_t = (1, 0) ((F_t - 1) x_t + G_t g_t) = v_t x_t - push_t g_t
+
+    ⟨u_t, e_t⟩₀ = v_t S_t r_tᵀ - push_t a_t ‖g_t‖²,     ‖u_t‖²₀ = v_t S_t v_tᵀ + push_t² ‖g_t‖².
 
 Without decay the first entry of r_t is exactly 0, so w_0 does not enter, and for heavy ball
 a_t = η_t + β a_{t+1} and r_t = (0, β a_t); with Nesterov's form a_t is b_t = η_t + β c_t and
-r_t = (0, β² c_t) where c_t = η_t + β c_{t+1}. For t > N the path from w_N to w_t does not contain
-g_t, and ⟨g_t, e_t⟩₀ = 0. The derivation is our own.
+r_t = (0, β² c_t) where c_t = η_t + β c_{t+1}. For heavy ball -η_t ⟨u_t, e_t⟩₀ / ‖u_t‖²₀ is a_t
+too: an update that orthogonal gradients made goes on in its momentum. For t > N the path from w_N
+to w_t does not contain g_t, and ⟨g_t, e_t⟩₀ = 0. The derivation is our own.
 
 Sums go tensor by tensor. A tensor that the optimizer does not update adds nothing to e. Exact where
 the momentum buffers were empty at w_0 and every updated tensor had a gradient in every step.
@@ -58,12 +63,14 @@ class Recursion(NamedTuple):
 class Null(NamedTuple):
     """The null of each tensor at some steps, each float64 ``[T, P]``.
 
-    ⟨g, e⟩₀, ‖g‖² and ‖e‖²₀ of the gradient as it entered the step.
+    ⟨g, e⟩₀, ‖g‖² and ‖e‖²₀ of the gradient as it entered the step; ⟨u, e⟩₀ and ‖u‖²₀ of the update.
     """
 
     dot: Floats
     grad: Floats
     dist: Floats
+    update_dot: Floats
+    update_square: Floats
 
 
 @dataclass(frozen=True)
@@ -107,16 +114,18 @@ class OwnPath:
         NaN at the step `end` itself, where e = 0, and at steps from which no update was taken.
         """
         shape = (len(steps), len(self.groups))
-        dot, grad, dist = (np.full(shape, np.nan) for _ in Null._fields)
+        dot, grad, dist, along, square = (np.full(shape, np.nan) for _ in Null._fields)
         inside = steps < len(self.grad_norms)
         grad[inside] = self.grad_norms[steps[inside]] ** 2
         # Without decay w_0 has no part in e; it is left out, not cancelled.
         start = np.where(self._decayed(), self.initial_norms, 0.0)
         shares = _own_shares(self.recursion, end)
         _ahead(shares[0], self.grad_norms, self.groups, steps, end, dot, dist)
-        _behind(self.recursion, shares, self.grad_norms, start, self.groups, steps, end, dist)
+        found = (dist, along, square)
+        _behind(self.recursion, shares, self.grad_norms, start, self.groups, steps, end, *found)
         dot[inside & (steps > end)] = 0.0
-        return Null(dot, grad, dist)
+        along[steps == end] = np.nan
+        return Null(dot, grad, *found)
 
 
 def sgd_recursion(
@@ -200,10 +209,13 @@ def _behind(
     steps: Integers,
     end: int,
     dist: Floats,
+    along: Floats,
+    update_square: Floats,
 ) -> None:
     """Before `end`: add the part of the state x_t to ‖e_t‖²₀; after it, set ‖w_t - w_N‖²₀.
 
-    Both follow from the inner products of w, m and e = w - w_N (0 before N), carried forward.
+    Set ⟨u_t, e_t⟩₀ and ‖u_t‖²₀ of every update. All follow from the inner products of w, m and
+    e = w - w_N (0 before N), carried forward.
     """
     shrink, carry, feed, keep, push, gain = recursion
     count = len(groups)
@@ -211,16 +223,17 @@ def _behind(
     ee, ew, em = np.zeros(count), np.zeros(count), np.zeros(count)
     row = 0
     for s in range(len(grad_norms)):
-        if row < len(steps) and steps[row] == s:
+        if row == len(steps):
+            return
+        wanted = steps[row] == s
+        if wanted:
             for p in range(count):
                 if s > end:
                     dist[row, p] = ee[p]
                 elif s < end and groups[p] >= 0:
                     r_w, r_m = shares[1][s, groups[p]], shares[2][s, groups[p]]
                     dist[row, p] += r_w**2 * ww[p] + 2 * r_w * r_m * wm[p] + r_m**2 * mm[p]
-            row += 1
-        if row == len(steps):
-            return
+                along[row, p] = update_square[row, p] = 0.0
         for p in range(count):
             k = groups[p]
             if k < 0:
@@ -230,8 +243,14 @@ def _behind(
             # Products of the step v = w_{s+1} - w_s = -(a w + b m + push g) with w, m, v and e.
             vw, vm = -(a * ww[p] + b * wm[p]), -(a * wm[p] + b * mm[p])
             vv = push[s, k] ** 2 * square - a * vw - b * vm
+            ve = -(a * ew[p] + b * em[p])
+            if wanted:
+                update_square[row, p] = vv
+                along[row, p] = ve
+                if s < end:
+                    own = push[s, k] * shares[0][s, k] * square
+                    along[row, p] = shares[1][s, k] * vw + shares[2][s, k] * vm - own
             if s >= end:
-                ve = -(a * ew[p] + b * em[p])
                 em[p] = f * (ew[p] + vw) + h * (em[p] + vm) - push[s, k] * gain[s, k] * square
                 ew[p] += ve + vw + vv
                 ee[p] += 2 * ve + vv
@@ -240,3 +259,4 @@ def _behind(
             mm[p] = f * f * ww[p] + 2 * f * h * wm[p] + h * h * mm[p] + gain[s, k] ** 2 * square
             wm[p] = next_m
             ww[p] += 2 * vw + vv
+        row += wanted

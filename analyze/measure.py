@@ -90,6 +90,17 @@ class Measure:
             name: np.stack([part.get(name, nothing) for part in parts], axis=-1) for name in names
         }
 
+    def update_null(self, reference: str, steps: Integers) -> tuple[Values, Values] | None:
+        """⟨u, e⟩₀ and ‖u‖²₀ by tensor, each float64 ``[N, P]``; `None` without a null.
+
+        What the updates would be if all gradients of the run were orthogonal; `nulls` tells more.
+        """
+        end, self.nulls[reference] = self._null_end(reference)
+        if end is None or isinstance(self._path, str):
+            return None
+        null = self._path.null(steps, end)
+        return null.update_dot, null.update_square
+
     def scalar(self, name: str, steps: Integers) -> Values:
         """An every-step scalar at `steps`, float64 ``[N]``; NaN where it was not recorded."""
         if name not in self.run.scalar_names():
@@ -150,9 +161,13 @@ class Measure:
         end, self.nulls[reference] = self._null_end(reference)
         if end is None or isinstance(self._path, str):
             return {}
-        dot, grad, dist = self._path.null(steps, end)
+        null = self._path.null(steps, end)
         scale = unclipping(self.scalar("clip_factor", steps))[:, None]
-        return {"null_ge": dot * scale, "null_gg": grad * scale**2, "null_ee": dist}
+        return {
+            "null_ge": null.dot * scale,
+            "null_gg": null.grad * scale**2,
+            "null_ee": null.dist,
+        }
 
     def _path_sums(
         self, reference: str, steps: Integers, groups: Integers, count: int

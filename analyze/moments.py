@@ -72,8 +72,9 @@ def segment_moments(
     `gradient`, `weights` and `reference` are float32 or float64 ``[N]``, gradient and weights of
     one dtype; `cuts` is int64 ``[S + 1]`` from 0 to N, not decreasing. `moments` is one of the
     tuples of `analyze.moment_table`; those named NEXT check no weights, and but for `NEXT_GRADIENT`
-    no gradient. Without a gradient the moments are those of `WITHOUT_GRADIENT`. The result depends on the values and on `cuts` alone:
-    every segment is summed in the same order from its first coordinate on.
+    no gradient. Without a gradient the moments are those of `WITHOUT_GRADIENT`. The result depends
+    on the values and on `cuts` alone: every segment is summed in the same order from its first
+    coordinate on.
     """
     if gradient is None:
         moments = WITHOUT_GRADIENT

@@ -16,30 +16,21 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from analyze.reference_rows import BoundReference, bind_rows
 from analyze.tensor_file import TensorFile
-from capture.store import MismatchError, Run, UnknownNameError, UsageError, open_run
+from capture.store import (
+    MismatchError,
+    Run,
+    UnknownNameError,
+    UsageError,
+    open_run,
+)
 from capture.store.layout import WEIGHTS
 from capture.store.place import absolute_address
 
 _FORMS = "final, step:N, mean:K, run:PATH[@STEP], file:PATH"
-
-
-class BoundReference(Protocol):
-    """A reference opened for one run, cut like the run's rows."""
-
-    def chunk(self, chunk: int) -> NDArray[Any]:
-        """Give w* on one inner chunk of the run: ``[C]``, verified.
-
-        Float32 where w* is stored in no wider dtype, else float64.
-        """
-
-    def close(self) -> None:
-        """Unmap the files."""
 
 
 class Reference(Protocol):
@@ -64,7 +55,7 @@ class FinalReference:
 
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`."""
-        return _Rows(run, run, [run.final_row()])
+        return bind_rows(run, run, [run.final_row()])
 
     def identity(self, run: Run) -> str:
         """Tell by the checksums of the row."""
@@ -80,7 +71,7 @@ class StepReference:
 
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`."""
-        return _Rows(run, run, [run.stream(WEIGHTS).row_of(self.step)])
+        return bind_rows(run, run, [run.stream(WEIGHTS).row_of(self.step)])
 
     def identity(self, run: Run) -> str:
         """Tell by the checksums of the row."""
@@ -96,7 +87,7 @@ class MeanReference:
 
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`."""
-        return _Rows(run, run, self._rows(run))
+        return bind_rows(run, run, self._rows(run))
 
     def identity(self, run: Run) -> str:
         """Tell by the checksums of the rows."""
@@ -124,7 +115,7 @@ class RunReference:
     def bind(self, run: Run) -> BoundReference:
         """Open for `run`; `MismatchError` where the two runs' tensors differ."""
         other, row = self._row(run)
-        return _Rows(run, other, [row])
+        return bind_rows(run, other, [row])
 
     def identity(self, run: Run) -> str:
         """Tell by the checksums of the row."""
@@ -201,49 +192,3 @@ def _identity(source: Run, rows: Sequence[int]) -> str:
 
 def _is_count(text: str) -> bool:
     return text.isascii() and text.isdigit()
-
-
-class _Rows:
-    """The mean of one or more weight rows of `source`, cut like the rows of `run`."""
-
-    def __init__(self, run: Run, source: Run, rows: Sequence[int]) -> None:
-        weights = source.stream(WEIGHTS)
-        self._grid = run.stream(WEIGHTS).grid
-        self._source_grid = weights.grid
-        self._shards = [weights.open(row) for row in rows]
-        self._verified = [np.zeros(weights.grid.num_chunks, bool) for _ in rows]
-        self._dtype = weights.dtype if len(rows) == 1 else np.dtype(np.float64)
-        for shard in self._shards:
-            shard.verify_rest()
-
-    def chunk(self, chunk: int) -> NDArray[Any]:
-        """Give the mean on one inner chunk of the run, ``[C]``."""
-        if len(self._shards) == 1 and self._grid == self._source_grid:
-            return self._verified_chunk(0, chunk)
-        start, stop = self._grid.bounds(chunk)
-        total = np.zeros(stop - start, self._dtype)
-        for number in range(len(self._shards)):
-            self._add(number, start, stop, total)
-        if len(self._shards) > 1:
-            total /= len(self._shards)
-        return total
-
-    def close(self) -> None:
-        """Unmap the rows."""
-        for shard in self._shards:
-            shard.close()
-
-    def _add(self, number: int, start: int, stop: int, total: NDArray[Any]) -> None:
-        """Add coordinates `start` to `stop` of one row; its chunks may be cut elsewhere."""
-        size = self._source_grid.chunk_elements
-        for chunk in range(start // size, -(-stop // size)):
-            first, last = self._source_grid.bounds(chunk)
-            low, high = max(first, start), min(last, stop)
-            values = self._verified_chunk(number, chunk)
-            total[low - start : high - start] += values[low - first : high - first]
-
-    def _verified_chunk(self, number: int, chunk: int) -> NDArray[Any]:
-        if not self._verified[number][chunk]:
-            self._shards[number].verify_chunk(chunk)
-            self._verified[number][chunk] = True
-        return self._shards[number].chunk(chunk)

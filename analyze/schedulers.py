@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import dask
 from dask.callbacks import Callback
 
-from capture.store import InputError, StraightwayError, UsageError
+from capture.store import UsageError
 
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
+Take = Callable[[int, Any], None]
 
 LOCAL = ("threads", "synchronous")
-_CONNECT_SECONDS = 10
 
 # Dask has no types of its own.
 _dask: Any = dask
 _callback: Any = Callback
 
 
-def check(scheduler: str, workers: int | None) -> int:
+@dataclass(frozen=True)
+class Cluster:
+    """A running dask.distributed scheduler: its address, and what a `tls://` one asks for.
+
+    `ca` is the certificate of the authority, `certificate` and `key` are this client's own: paths
+    of PEM files, or their text. Without them, Dask's own settings hold (`distributed.comm.tls`).
+    """
+
+    address: str
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+
+
+def check(scheduler: str | Cluster, workers: int | None) -> int:
     """Check both choices; return the number of threads, by default one per processor."""
-    if scheduler not in LOCAL and "://" not in scheduler:
+    if isinstance(scheduler, Cluster):
+        _check_certificates(scheduler)
+    elif scheduler not in LOCAL and "://" not in scheduler:
         raise UsageError(
             f"{scheduler!r} is no scheduler", fix="use threads, or an address like tcp://host:8786"
         )
@@ -36,95 +53,96 @@ def check(scheduler: str, workers: int | None) -> int:
     return workers
 
 
+def _check_certificates(cluster: Cluster) -> None:
+    given = {"CA": cluster.ca, "certificate": cluster.certificate, "key": cluster.key}
+    if not cluster.address.startswith("tls://"):
+        if any(given.values()):
+            raise UsageError(
+                "certificates are for tls:// schedulers", where=cluster.address, fix="leave them"
+            )
+        return
+    if any(given.values()) and not all(given.values()):
+        missing = ", ".join(name for name, value in given.items() if not value)
+        raise UsageError(f"the {missing} is missing", fix="give CA, certificate and key together")
+    for name, value in given.items():
+        if value and "-----BEGIN" not in value and not os.path.isfile(value):
+            raise UsageError(f"there is no such {name} file", where=value, fix="check the path")
+
+
+def tasks_at_once(scheduler: str | Cluster, threads: int) -> int:
+    """How many tasks one process works on at a time; on a cluster, as many as is usual."""
+    return threads if scheduler in LOCAL else max(threads, _CLUSTER_THREADS)
+
+
+# Threads of a worker whose limits are the usual ones; with more, limits are to be raised as well.
+_CLUSTER_THREADS = 8
+
+
 def run(
     tasks: Sequence[Callable[[], Result]],
-    scheduler: str,
+    scheduler: str | Cluster,
     workers: int,
     progress: Progress | None = None,
 ) -> list[Result]:
-    """Call every task and return the results in their order; the first error is raised as it is.
+    """Call every task and return the results in their order; see `run_each`."""
+    results: dict[int, Result] = {}
+    run_each(tasks, scheduler, workers, results.__setitem__, progress)
+    return [results[number] for number in range(len(tasks))]
 
-    `scheduler` is one of `LOCAL` or the address of a cluster, to which tasks and results travel by
-    pickle; `workers` counts for threads. `progress` is called with tasks done and all tasks.
+
+def run_each(
+    tasks: Sequence[Callable[[], Any]],
+    scheduler: str | Cluster,
+    workers: int,
+    take: Take,
+    progress: Progress | None = None,
+) -> None:
+    """Call every task, and `take` with its number and result: one at a time, in any order.
+
+    The first error is raised as it is. `scheduler` is one of `LOCAL` or a cluster, to which tasks
+    and results travel by pickle; `workers` counts for threads. `progress` is called with tasks done
+    and all tasks. No result is kept.
     """
     report = progress or (lambda done, total: None)
     report(0, len(tasks))
-    if scheduler in LOCAL:
-        return _run_here(tasks, scheduler, workers, report)
-    return _run_on_cluster(tasks, scheduler, report)
+    if isinstance(scheduler, str) and scheduler in LOCAL:
+        _run_here(tasks, scheduler, workers, take, report)
+        return
+    from analyze.cluster import run_on_cluster
+
+    cluster = scheduler if isinstance(scheduler, Cluster) else Cluster(scheduler)
+    run_on_cluster(tasks, cluster, take, report)
 
 
 def _run_here(
-    tasks: Sequence[Callable[[], Result]], scheduler: str, workers: int, report: Progress
-) -> list[Result]:
+    tasks: Sequence[Callable[[], Any]],
+    scheduler: str,
+    workers: int,
+    take: Take,
+    report: Progress,
+) -> None:
     keys = {f"block-{number}" for number in range(len(tasks))}
     done: set[str] = set()
+    taking, stopped = threading.Lock(), threading.Event()
 
     def finished(key: Any, *_: Any) -> None:
         if key in keys:
             done.add(key)
             report(len(done), len(tasks))
 
+    def call(number: int) -> None:
+        # After an error or Ctrl-C nobody waits for what is still in the queue of the threads.
+        if not stopped.is_set():
+            result = tasks[number]()
+            with taking:
+                take(number, result)
+
     calls = [
-        _dask.delayed(task, pure=False, traverse=False)(dask_key_name=f"block-{number}")
-        for number, task in enumerate(tasks)
+        _dask.delayed(call, pure=False, traverse=False)(number, dask_key_name=f"block-{number}")
+        for number in range(len(tasks))
     ]
-    with _callback(posttask=finished):
-        return list(_dask.compute(*calls, scheduler=scheduler, num_workers=workers))
-
-
-def _run_on_cluster(
-    tasks: Sequence[Callable[[], Result]], address: str, report: Progress
-) -> list[Result]:
-    # Takes most of a second to import, and most measurements do without it.
-    import distributed
-
-    cluster: Any = distributed
     try:
-        client = cluster.Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(
-            "no Dask scheduler answers",
-            where=address,
-            fix="start one with `dask scheduler`, or use --scheduler threads",
-        ) from error
-    results: dict[int, Result] = {}
-    with client:
-        futures = [client.submit(_Returning(task), pure=False) for task in tasks]
-        place = {future.key: number for number, future in enumerate(futures)}
-        completed = cluster.as_completed(futures, loop=client.loop, with_results=True)
-        try:
-            for future, result in completed:
-                if isinstance(result, _Failure):
-                    raise result.error
-                results[place[future.key]] = result
-                report(len(results), len(tasks))
-        except distributed.KilledWorker as error:
-            raise StraightwayError(
-                "the workers of the cluster died over the same block several times",
-                where=address,
-                fix="see their logs, and whether they have memory enough",
-            ) from error
-        finally:
-            client.cancel(futures)
-    return [results[number] for number in range(len(tasks))]
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An error of a task, as its result: a cluster writes pages about a task that raises."""
-
-    error: StraightwayError
-
-
-@dataclass(frozen=True)
-class _Returning(Generic[Result]):
-    """A task that returns what a user can cause and mend instead of raising it."""
-
-    task: Callable[[], Result]
-
-    def __call__(self) -> Result | _Failure:
-        try:
-            return self.task()
-        except StraightwayError as error:
-            return _Failure(error)
+        with _callback(posttask=finished):
+            _dask.compute(*calls, scheduler=scheduler, num_workers=workers)
+    finally:
+        stopped.set()

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,9 @@ from capture.store.files import write_durably
 from capture.store.layout import WEIGHTS
 from capture.store.reader import Run, open_run
 
+if TYPE_CHECKING:
+    from analyze.schedulers import Cluster
+
 Integers = NDArray[np.int64]
 
 METADATA_KEY = b"straightway"
@@ -52,6 +55,11 @@ _KEYS: tuple[tuple[str, Any, str, str], ...] = (
     ("group", pa.string(), "", "the tensors that were summed over"),
     ("reference", pa.string(), "", "w*, as typed"),
     ("num_parameters", pa.int64(), "", "coordinates in the group"),
+)
+# What of a run's attributes goes with its table.
+_FACTS = (
+    *("final_step", "optimizer", "config", "seeds", "versions", "git_commit"),
+    *("data", "schedules", "parent"),
 )
 _FROM_SCALARS = ("lr", "clip_factor")
 _LAST: tuple[tuple[str, Any, str, str], ...] = (
@@ -102,8 +110,7 @@ def build(
         pa.chunked_array([block[field.name] for block in blocks], type=field.type)
         for field in schema()
     ]
-    facts = ("final_step", "optimizer", "config", "seeds", "versions", "git_commit")
-    entry = {key: run.attributes.get(key) for key in facts}
+    entry = {key: run.attributes.get(key) for key in _FACTS}
     own = {"run": name, "status": run.status, "num_parameters": run.table.num_parameters}
     notes = {"weight_decay": measure.decay_note}
     if adam is not None:
@@ -127,7 +134,7 @@ def measure_run(
     *,
     streams: Sequence[str] = (),
     by: Sequence[Grouping] = ("model",),
-    scheduler: str = "threads",
+    scheduler: str | Cluster = "threads",
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     cache: Where = True,
@@ -141,15 +148,7 @@ def measure_run(
     those of `compute_moments`; `InputError` where nothing is recorded in the streams.
     """
     parsed = [parse_reference(text) for text in dict.fromkeys(references)]
-    run = open_run(path)
-    others = [name for name in run.stream_names if name != WEIGHTS and len(run.stream(name))]
-    chosen = streams or others or [WEIGHTS]
-    if not any(len(run.stream(name)) for name in chosen):
-        raise InputError(
-            f"there are no rows to measure in {', '.join(map(repr, chosen))}",
-            where=path,
-            fix="choose another --stream, or wait until something is recorded",
-        )
+    chosen = choose_streams(open_run(path), streams)
     moments = measured_moments(
         path,
         chosen,
@@ -173,6 +172,19 @@ def measure_run(
     return {
         name_of(grouping): build(run, moments, grouping, adam=adam, name=path) for grouping in by
     }
+
+
+def choose_streams(run: Run, streams: Sequence[str] = ()) -> list[str]:
+    """Choose what `measure_run` measures; `InputError` where nothing is recorded in it."""
+    others = [name for name in run.stream_names if name != WEIGHTS and len(run.stream(name))]
+    chosen = list(streams) or others or [WEIGHTS]
+    if not any(len(run.stream(name)) for name in chosen):
+        raise InputError(
+            f"there are no rows to measure in {', '.join(map(repr, chosen))}",
+            where=run.path,
+            fix="choose another --stream, or wait until something is recorded",
+        )
+    return chosen
 
 
 def concatenate(tables: Sequence[pa.Table]) -> pa.Table:

@@ -39,6 +39,12 @@ class TensorFile:
         self._entries = [self._find(tensor, found) for tensor in run.table.parameters]
         wide = any(entry.tensor.dtype == "F64" for entry in self._entries)
         self._dtype = np.dtype(np.float64 if wide else np.float32)
+        # Nothing is kept: all tensors are read again whenever all chunks are asked for.
+        self.bytes_once, self.bytes_spilled = 0, 0
+        self.bytes_per_pass = sum(
+            np.dtype(_STORED[entry.tensor.dtype]).itemsize * tensor.numel
+            for entry, tensor in zip(self._entries, run.table.parameters, strict=True)
+        )
 
     def chunk(self, chunk: int) -> NDArray[Any]:
         """Read one inner chunk of the run: ``[C]``, float64 if any tensor is, else float32."""

@@ -1,14 +1,16 @@
-"""The verdict: the few rows that a researcher wants first, as plain text.
+"""The verdict: the few rows that a researcher wants first, as numbers and as plain text.
 
 For each run, reference and stream, of the whole model: the cosine, its null, their ratio and the
-fraction below 0, early, middle and late on the way to w*, with the end effect left out.
+fraction below 0, early, middle and late on the way to w*, with the end effect left out. Intervals
+are within the run, by `analyze.uncertainty`; what holds for other seeds `analyze compare` tells.
 """
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,16 +21,93 @@ from numpy.typing import NDArray
 from analyze.quantities import SIGN, Values, ratio
 from analyze.references import end_of_path
 from analyze.tables import read_metadata
+from analyze.uncertainty import Interval, WithinRun, negative_interval, path_interval
 from capture.store.layout import ITERATES
 
 # The last part of the way to w*, where γ tends to its null whatever the landscape.
 END_SHARE = 0.1
 PARTS = ("early", "middle", "late")
 
-_HEAD = ("stream", "part", "n", "γ [10 %, 90 %]", "γ⁰", "γ/γ⁰ [10 %, 90 %]", "γ < 0")
+LEVEL = 0.95
+
+_HEAD = ("stream", "part", "n (eff.)", "γ [95 %]", "γ⁰", "γ/γ⁰ [10 %, 90 %]", "γ < 0 [95 %]")
+_NOTE = (
+    "γ and γ < 0: means of n rows with intervals within this run, by blocks of steps crossed with "
+    "batches; (eff.): how many independent steps they are worth. γ⁰, γ/γ⁰: medians, [10 %, 90 %] "
+    "quantiles of the rows. About other seeds this says nothing: see `analyze compare`."
+)
 _LEFT = {0, 1}
 _NONE = "–"
 _WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Band:
+    """The median of finite values and their quantiles at 10 % and 90 %; NaN where there are none.
+
+    They tell how the rows spread, and are no confidence interval.
+    """
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stream in one part of the way: `name` is one of `PARTS`, or "after" what follows w_N.
+
+    `n` counts the rows whose cosine is defined, and all the rest is over these: the cosine γ that
+    is positive towards w*, the median of its null γ⁰, γ/γ⁰, η*/a_t, and the fraction of γ < 0.
+    `mean` and `below` are the mean cosine and that fraction with their intervals within the run.
+    """
+
+    stream: str
+    name: str
+    n: int
+    cosine: Band
+    null: float
+    ratio: Band
+    rate_ratio: Band
+    negative: float
+    mean: WithinRun
+    below: WithinRun
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The numbers of one run and reference.
+
+    `entry` has the facts of the run and `final` is T, or the last step so far. `left_out` is the
+    end effect: its first and last step, and how many rows it has. `undefined` counts rows without
+    a cosine, `nonfinite` NaN and infinite coordinates; `null` says what γ⁰ rests on.
+    """
+
+    entry: Mapping[str, Any]
+    reference: str
+    final: int
+    streams: tuple[str, ...]
+    parts: tuple[Part, ...]
+    left_out: tuple[int, int, int] | None
+    null: str | None
+    undefined: int
+    nonfinite: int
+
+
+def summarise(table: pa.Table) -> list[Verdict]:
+    """Compute the numbers of the verdict from a table of `analyze.tables.build`.
+
+    Only rows of the whole model are read; the list is empty where there are none.
+    """
+    metadata = read_metadata(table)
+    entries = {entry["run"]: entry for entry in metadata["runs"]}
+    table = table.filter(pc.equal(table["group"], "model"))
+    blocks = (
+        (_select(table, run=run, reference=reference), entries[run], reference)
+        for run in table["run"].unique().to_pylist()
+        for reference in table["reference"].unique().to_pylist()
+    )
+    return [_numbers(*block, metadata["null"]) for block in blocks if block[0].num_rows]
 
 
 def verdict(table: pa.Table) -> str:
@@ -36,18 +115,9 @@ def verdict(table: pa.Table) -> str:
 
     Only rows of the whole model are read.
     """
-    metadata = read_metadata(table)
-    entries = {entry["run"]: entry for entry in metadata["runs"]}
-    table = table.filter(pc.equal(table["group"], "model"))
-    blocks = [
-        _block(_select(table, run=run, reference=reference), entries[run], reference, metadata)
-        for run in table["run"].unique().to_pylist()
-        for reference in table["reference"].unique().to_pylist()
-    ]
-    note = "Numbers are medians of n rows, [10 %, 90 %] their quantiles: no confidence interval."
-    measured = set(table["stream"].unique().to_pylist()) - set(ITERATES)
-    closing = [f"{SIGN}\n{note}"] if measured else []
-    return "\n\n".join([*(block for block in blocks if block), *closing])
+    found = summarise(table)
+    closing = [f"{SIGN}\n{_wrapped(_NOTE)}"] if any(each.streams for each in found) else []
+    return "\n\n".join([*map(_text, found), *closing])
 
 
 def part_of(steps: NDArray[np.int64], reference: str, final_step: int) -> NDArray[np.object_]:
@@ -65,54 +135,69 @@ def part_of(steps: NDArray[np.int64], reference: str, final_step: int) -> NDArra
     return np.select(conditions, ["after", "end", "late", "middle"], "early").astype(object)
 
 
-def _block(rows: pa.Table, entry: dict[str, Any], reference: str, metadata: Any) -> str:
-    if not rows.num_rows:
-        return ""
-    final = entry["final_step"]
-    unfinished = "" if final is not None else " so far, the run has not finished"
-    final = int(pc.max(rows["step"]).as_py()) if final is None else final
-    lines = [
-        f"{entry['run']}   w* = {reference}   T = {final} updates{unfinished}   "
-        f"D = {entry['num_parameters']:,}"
-    ]
-    cells: list[tuple[str, ...]] = [_HEAD]
-    streams = [name for name in rows["stream"].unique().to_pylist() if name not in ITERATES]
-    undefined = 0
-    for stream in streams:
-        own = _select(rows, stream=stream)
-        undefined += own.num_rows - _cosine(own)[1].sum()
-        cells += _stream(own, stream, reference, final)
-    lines += _aligned(cells) if streams else ["no gradients or updates: see norm_dist in the table"]
-    for note in _notes(rows, streams, reference, final, undefined, metadata):
-        lines += textwrap.wrap(
-            note, _WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
-        )
-    return "\n".join(lines)
-
-
 def counted(rows: int) -> str:
     """Say how many rows."""
     return f"{rows} row" if rows == 1 else f"{rows} rows"
 
 
-def _stream(rows: pa.Table, stream: str, reference: str, final: int) -> Iterator[tuple[str, ...]]:
+def band_of(values: Values) -> Band:
+    """Summarise the finite ones among `values` ``[n]``."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return Band(math.nan, math.nan, math.nan)
+    low, high = np.quantile(values, [0.1, 0.9])
+    return Band(float(np.median(values)), float(low), float(high))
+
+
+def _numbers(
+    rows: pa.Table, entry: Mapping[str, Any], reference: str, nulls: Mapping[str, str]
+) -> Verdict:
+    final = entry["final_step"]
+    final = int(pc.max(rows["step"]).as_py()) if final is None else final
+    names = [name for name in rows["stream"].unique().to_pylist() if name not in ITERATES]
+    by_stream = {name: _select(rows, stream=name) for name in names}
+    defined = sum(int(_cosine(own)[1].sum()) for own in by_stream.values())
+    end = end_of_path(reference, final)
+    tail = part_of(rows["step"].to_numpy(), reference, final) == "end"
+    first = math.ceil((1 - END_SHARE) * (end or 0))
+    return Verdict(
+        entry=entry,
+        reference=reference,
+        final=final,
+        streams=tuple(names),
+        parts=tuple(
+            part for name, own in by_stream.items() for part in _parts(own, name, reference, final)
+        ),
+        left_out=(first, end, int(tail.sum())) if end and names else None,
+        null=nulls.get(f"{entry['run']}|{reference}") if names else None,
+        undefined=sum(own.num_rows for own in by_stream.values()) - defined,
+        nonfinite=int(pc.sum(rows["nonfinite"]).as_py()),
+    )
+
+
+def _parts(rows: pa.Table, stream: str, reference: str, final: int) -> Iterator[Part]:
     cosine, defined = _cosine(rows)
-    null = rows["cosine_null"].to_numpy()
+    null, rate, rate_null = (rows[name].to_numpy() for name in ("cosine_null", "lolr", "lolr_null"))
     parts = part_of(rows["step"].to_numpy(), reference, final)
-    for part in (*PARTS, "after"):
-        here = (parts == part) & defined
-        if not here.any():
-            if part in PARTS and reference != "step:0":  # nothing lies before w_0
-                yield (stream, part, "0", *[_NONE] * 4)
+    batches = max(1, len(rows["batch"].unique()))
+    for name in (*PARTS, "after"):
+        here = (parts == name) & defined
+        # By step and batch, in the order of the table.
+        all_of_part = cosine[parts == name].reshape(-1, batches)
+        # Nothing lies before w_0, and after another w* only what was recorded there.
+        if not here.any() and (name not in PARTS or reference == "step:0"):
             continue
-        yield (
-            stream,
-            part,
-            str(here.sum()),
-            _band(cosine[here]),
-            _median(null[here]),
-            _band(ratio(cosine[here], null[here])),
-            f"{100 * (cosine[here] < 0).mean():.3g} %",
+        yield Part(
+            stream=stream,
+            name=name,
+            n=int(here.sum()),
+            cosine=band_of(cosine[here]),
+            null=band_of(null[here]).median,
+            ratio=band_of(ratio(cosine[here], null[here])),
+            rate_ratio=band_of(ratio(rate[here], rate_null[here])),
+            negative=float((cosine[here] < 0).mean()) if here.any() else math.nan,
+            mean=path_interval(all_of_part, LEVEL),
+            below=negative_interval(all_of_part, LEVEL),
         )
 
 
@@ -123,51 +208,88 @@ def _cosine(rows: pa.Table) -> tuple[Values, NDArray[np.bool_]]:
     return cosine, np.isfinite(cosine)
 
 
-def _notes(
-    rows: pa.Table, streams: list[str], reference: str, final: int, undefined: int, metadata: Any
-) -> Iterator[str]:
-    end = end_of_path(reference, final)
-    if end and streams:
-        tail = part_of(rows["step"].to_numpy(), reference, final) == "end"
-        first, share = math.ceil((1 - END_SHARE) * end), f"{100 * END_SHARE:g} %"
-        yield (
-            f"left out: the last {share} before w*, t = {first} to {end} ({counted(tail.sum())}); "
-            "there γ tends to γ⁰ anyway"
-        )
-    run = rows["run"][0].as_py()
-    null = metadata["null"].get(f"{run}|{reference}")
-    if null is not None and streams:
-        yield f"γ⁰: {null}"
-    others = [name for name in streams if name not in ("minibatch", "updates")]
-    if others:
-        yield f"{', '.join(others)}: no null, only the minibatch gradients made the path"
-    if "updates" in streams:
-        yield "updates: -cos(u, e) in the place of γ, positive where u starts out towards w*"
-    if undefined:
-        why = "where a norm is 0 or a number is not finite"
-        yield f"undefined: {counted(undefined)}, left out, {why}"
-    bad = int(pc.sum(rows["nonfinite"]).as_py())
-    if bad:
-        yield f"non-finite coordinates: {bad}"
-
-
 def _select(table: pa.Table, **wanted: str) -> pa.Table:
     for name, value in wanted.items():
         table = table.filter(pc.equal(table[name], value))
     return table
 
 
-def _median(values: Values) -> str:
-    values = values[np.isfinite(values)]
-    return f"{np.median(values):.3g}" if len(values) else _NONE
+def _text(found: Verdict) -> str:
+    unfinished = (
+        "" if found.entry["final_step"] is not None else " so far, the run has not finished"
+    )
+    lines = [
+        f"{found.entry['run']}   w* = {found.reference}   T = {found.final} updates{unfinished}   "
+        f"D = {found.entry['num_parameters']:,}"
+    ]
+    cells = [_HEAD, *map(_cells, found.parts)]
+    lines += (
+        _aligned(cells)
+        if found.streams
+        else ["no gradients or updates: see norm_dist in the table"]
+    )
+    lines += map(_wrapped, _notes(found))
+    return "\n".join(lines)
+
+
+def _cells(part: Part) -> tuple[str, ...]:
+    effective = part.mean.effective
+    count = str(part.n) if math.isnan(effective) else f"{part.n} ({effective:.0f})"
+    numbers = [_estimate(part.mean.interval), _number(part.null), _written(part.ratio)]
+    share = part.below.interval
+    negative = f"{100 * part.negative:.3g} %" if part.n else _NONE
+    if part.n and share.known:
+        negative += f" [{100 * share.low:.3g}, {100 * share.high:.3g}]"
+    return (part.stream, part.name, count, *numbers, negative)
+
+
+def _notes(found: Verdict) -> Iterator[str]:
+    if found.left_out is not None:
+        first, last, rows = found.left_out
+        yield (
+            f"left out: the last {100 * END_SHARE:g} % before w*, t = {first} to {last} "
+            f"({counted(rows)}); there γ tends to γ⁰ anyway"
+        )
+    if found.null is not None:
+        yield f"γ⁰: {found.null}"
+    others = [name for name in found.streams if name not in ("minibatch", "updates")]
+    if others:
+        yield f"{', '.join(others)}: no null, only the minibatch gradients made the path"
+    if "updates" in found.streams:
+        yield "updates: -cos(u, e) in the place of γ, positive where u starts out towards w*"
+    if found.undefined:
+        why = "where a norm is 0 or a number is not finite"
+        yield f"undefined: {counted(found.undefined)}, left out, {why}"
+    if found.nonfinite:
+        yield f"non-finite coordinates: {found.nonfinite}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else _NONE
+
+
+def _written(band: Band) -> str:
+    if not math.isfinite(band.median):
+        return _NONE
+    return f"{band.median:.3g} [{band.low:.3g}, {band.high:.3g}]"
+
+
+def _estimate(interval: Interval) -> str:
+    if not interval.known:
+        return _number(interval.value)
+    return f"{interval.value:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
+
+
+def _wrapped(note: str) -> str:
+    return "\n".join(
+        textwrap.wrap(
+            note, _WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+        )
+    )
 
 
 def _band(values: Values) -> str:
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return _NONE
-    low, high = np.quantile(values, [0.1, 0.9])
-    return f"{np.median(values):.3g} [{low:.3g}, {high:.3g}]"
+    return _written(band_of(values))
 
 
 def _aligned(cells: list[tuple[str, ...]]) -> list[str]:

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from capture.average import Average
+    from capture.importing import import_checkpoints
     from capture.recorder import Recorder
     from capture.store.reader import open_run
 
 __version__ = "0.1.0"
-__all__ = ["Average", "Recorder", "open_run"]
+__all__ = ["Average", "Recorder", "import_checkpoints", "open_run"]
 
 _HOMES = {
     "Average": "capture.average",
     "Recorder": "capture.recorder",
+    "import_checkpoints": "capture.importing",
     "open_run": "capture.store.reader",
 }
 

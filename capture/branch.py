@@ -110,7 +110,7 @@ def open_branch(text: str) -> Branch:
     if not at or not path or not step.isdecimal():
         raise UsageError("no branch", where=repr(text), fix="write RUN.zarr@STEP")
     run = open_run(path)
-    if not run.attributes.get("config"):
+    if "optimizer" not in (run.attributes.get("config") or {}):
         raise UsageError(
             "the run was not recorded by capture train, so its training cannot go on here",
             where=run.path,

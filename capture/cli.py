@@ -159,10 +159,7 @@ def train(config: str | None, out: str, resume: bool, force: bool, **flags: Any)
     written = format_bytes(summary.bytes_written)
     click.echo(f"{summary.steps} steps in {summary.seconds:.1f} s: {results}", err=True)
     click.echo(f"{written} in {out}; next:", err=True)
-    # Tables are files: that of a run on an object store lies in the working directory.
-    name = out.rstrip("/").rpartition("/")[2] if "://" in out else out.rstrip("/")
-    target = shlex.quote(f"{name.removesuffix('.zarr')}.parquet")
-    click.echo(f"  analyze compute {shlex.quote(out)} --out {target}", err=True)
+    _suggest_compute(out)
 
 
 @main.command(example="capture plan --task digits --epochs 4 --every log:50 --out runs/first.zarr")
@@ -184,12 +181,11 @@ def plan(config: str | None, out: str | None, force: bool, json: bool, **flags: 
 
     settings = read_config(config, flags)
 
-    from pathlib import Path
-
     from capture.plan import plan as make_plan
     from capture.storage import require_space
+    from capture.store.place import place_of
 
-    target = Path(out or "run.zarr")
+    target = place_of(out or "run.zarr")
     prediction = make_plan(settings, target)
     _print_json(prediction.to_dict()) if json else click.echo(prediction.to_text())
     if not force:
@@ -232,6 +228,81 @@ def probe(run: str, gradients: str, steps: str | None, replace: bool, **flags: A
     )
     added = ", ".join(f"{rows} rows of {name}" for name, rows in found.rows.items())
     click.echo(f"added {added} to {run}", err=True)
+
+
+@main.command("import", example="capture import checkpoints --out runs/imported.zarr")
+@click.argument("sources", nargs=-1, required=True, metavar="FOLDER…", type=click.Path())
+@_options(
+    "Which step",
+    ("--steps", str, "Of each checkpoint, in the natural order of their names: 0,100,200."),
+    (
+        "--step-pattern",
+        str,
+        "Regular expression whose group is the step in a name. Names that it does not fit are "
+        "left out.",
+    ),
+    ("--steps-per-epoch", int, "For names that tell an epoch alone."),
+)
+@_options(
+    "Which tensors",
+    ("--key", str, "Where the weights lie in a file of torch: model_ema, app/model."),
+    ("--prefix", str, "Names must begin with it and lose it: model."),
+    ("--trainable", str, "Regular expression: floating tensors that it does not fit are frozen."),
+    ("--buffers", str, "Regular expression: tensors that it fits are buffers."),
+)
+@_options(
+    "Which model",
+    ("--task", str, "As in `capture train`: with it, the run can be probed."),
+    ("--model", str, "As in `capture train`: it tells names, order, ties and what is trained."),
+    ("--data-root", click.Path(), "Folder that holds the data files of the task."),
+    ("--config", click.Path(dir_okay=False), "TOML file, as for `capture train`."),
+)
+@_options(
+    "Run",
+    ("--dry-run", bool, "Print what would be imported, and write nothing."),
+    ("--out", click.Path(), "RUN.zarr to write, or s3://BUCKET/RUN.zarr."),
+)
+def import_(
+    sources: tuple[str, ...],
+    steps: str | None,
+    task: str | None,
+    model: str | None,
+    data_root: str | None,
+    config: str | None,
+    dry_run: bool,
+    out: str | None,
+    **choices: Any,
+) -> None:
+    """Turn checkpoints of a training that was not recorded into a run of weights.
+
+    FOLDER holds them: files .safetensors, .pt, .pth, .bin or .ckpt, folders checkpoint-N of Hugging
+    Face, folders of torch.distributed.checkpoint. It may be such a folder or file itself. Steps are
+    read off the names. No code in a checkpoint is ever run. Without a model, floating tensors are
+    trainable unless their name is that of a well-known buffer.
+    """
+    if out is None and not dry_run:
+        raise click.UsageError("missing option '--out'", click.get_current_context())
+    logging.basicConfig(format="warning: %(message)s")
+
+    from capture.arguments import parse_steps
+    from capture.config import read_given
+    from capture.import_plan import plan_import
+    from capture.importing import import_checkpoints
+
+    settings = read_given(config, {"task": task, "model": model, "data_root": data_root})
+    choices |= {"steps": parse_steps(steps), "settings": settings}
+    if out is None or dry_run:
+        click.echo(plan_import(sources, **choices).to_text())
+        return
+    imported = import_checkpoints(sources, out, **choices)
+    from capture.progress import format_bytes
+
+    first, last = imported.steps[0], imported.steps[-1]
+    count = f"{len(imported.steps)} checkpoint{'s' if len(imported.steps) > 1 else ''}"
+    span = f"steps {first} to {last}" if len(imported.steps) > 1 else f"step {last}"
+    size = format_bytes(imported.bytes_written)
+    click.echo(f"{count}, {span}, {size} in {out}; next:", err=True)
+    _suggest_compute(out, "--stream weights ")
 
 
 @main.command(example="capture info runs/first.zarr")
@@ -285,6 +356,13 @@ def export(run: str, out: str, step: int) -> None:
 
     names = export_state_dict(run, step, out)
     click.echo(f"{len(names)} tensors at step {step} in {out}", err=True)
+
+
+def _suggest_compute(out: str, options: str = "") -> None:
+    # Tables are files: that of a run on an object store lies in the working directory.
+    name = out.rstrip("/").rpartition("/")[2] if "://" in out else out.rstrip("/")
+    target = shlex.quote(f"{name.removesuffix('.zarr')}.parquet")
+    click.echo(f"  analyze compute {shlex.quote(out)} {options}--out {target}", err=True)
 
 
 def _print_json(document: Any) -> None:

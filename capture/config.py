@@ -178,6 +178,18 @@ def read_config(
     return TrainConfig.from_dict({**values, **given})
 
 
+def read_given(
+    file: str | PathLike[str] | None = None, flags: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Read what a TOML file and the flags that are not `None` say, checked; no defaults."""
+    values = {} if file is None else _read_toml(file)
+    given = values | {key: value for key, value in (flags or {}).items() if value is not None}
+    TrainConfig.from_dict(
+        {"task": "", "branch": "", **given}, where=None if file is None else str(file)
+    )
+    return given
+
+
 def _read_toml(file: str | PathLike[str]) -> dict[str, Any]:
     try:
         with open(file, "rb") as stream:

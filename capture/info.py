@@ -6,6 +6,7 @@ import math
 import os
 from typing import Any
 
+from capture.importing import IMPORTED
 from capture.progress import format_bytes
 from capture.store import DamagedError, Run, open_run
 from capture.store.errors import RESTORE
@@ -27,12 +28,13 @@ def describe_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     learning rate and momentum so far. Raises `NotARunError`, `DamagedError`.
     """
     run = open_run(path)
-    tables = {name: _table(run, name) for name in ("optimizer", "config", "versions", "seeds")}
+    names = ("optimizer", "config", "versions", "seeds", IMPORTED)
+    tables = {name: _table(run, name) for name in names}
     streams = {
         name: {
             "steps": stream.steps.tolist(),
             "batches": stream.batches,
-            "bytes": sum(commit.size for commit in stream.commits),
+            "bytes": int(stream.commits.sizes.sum()),
         }
         for name, stream in run.streams.items()
     }
@@ -53,6 +55,7 @@ def describe_run(path: str | os.PathLike[str]) -> dict[str, Any]:
         "versions": tables["versions"],
         "seeds": tables["seeds"],
         "git_commit": attributes.get("git_commit"),
+        IMPORTED: tables[IMPORTED] or None,
     }
 
 
@@ -71,7 +74,9 @@ def format_description(description: dict[str, Any]) -> str:
     facts = [f"{key} {config[key]}" for key in SHOWN if config.get(key) is not None]
     if facts:
         lines.append(("training", ", ".join(facts)))
-    if "lr" not in config:
+    if description[IMPORTED]:
+        lines.append((IMPORTED, _import_words(description)))
+    elif "lr" not in config:
         settings = [
             f"{name} {low:g}" if low == high else f"{name} {low:g} to {high:g}"
             for name, (low, high) in description["settings"].items()
@@ -91,6 +96,8 @@ def _status_words(description: dict[str, Any]) -> str:
         return "being recorded"
     steps = description[WEIGHTS]["steps"]
     held = f"weights up to step {steps[-1]}" if steps else "nothing recorded yet"
+    if description[IMPORTED]:
+        return f"incomplete, {held}; give the same `capture import` again"
     return f"incomplete, {held}; go on with --resume (resume=True in a Recorder)"
 
 
@@ -120,6 +127,14 @@ def _settings(run: Run) -> dict[str, list[float]]:
         if sound and (name == "lr" or any(sound)):
             found[name] = [min(sound), max(sound)]
     return found
+
+
+def _import_words(description: dict[str, Any]) -> str:
+    """How many checkpoints an imported run is made of, and what told their trainable tensors."""
+    by_model = description[IMPORTED].get("trainable") == "model"
+    told = "the model" if by_model else "the names"
+    count = len(description[WEIGHTS]["steps"])
+    return f"from {count} checkpoints; what is trained is told by {told}"
 
 
 def _stream_words(stream: dict[str, Any]) -> str:

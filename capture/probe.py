@@ -201,12 +201,14 @@ def _config(run: Run, gradients: str, changes: Mapping[str, Any]) -> TrainConfig
     stored = dict(run.attributes.get("config") or {})
     if not stored and "task" not in changes:
         raise UsageError(
-            "the run was recorded by a loop of your own, so its task is not known",
+            "the run was recorded by a loop of your own or imported, so its task is not known",
             where=run.path,
             fix="give --task module:factory and --model module:factory",
         )
     config = TrainConfig.from_dict({**stored, **changes}, where=str(run.path))
-    limit = config.max_steps if stored else config.max_steps or run.final_step or 1
+    # Only a training of `capture train` tells its end.
+    ends = config.max_steps or config.epochs
+    limit = config.max_steps if ends else run.final_step or 1
     return replace(
         config,
         gradients=gradients,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -73,6 +75,25 @@ class TrainingProgress:
             print(text, file=sys.stderr, flush=True)
         else:
             self._console.print(text, markup=False)
+
+
+@contextmanager
+def counting(noun: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show a bar of so many things on stderr; nothing where nobody looks.
+
+    The function that is yielded tells that one more is done.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (TextColumn(noun), MofNCompleteColumn(), BarColumn(bar_width=None))
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
 
 
 def format_bytes(count: float) -> str:

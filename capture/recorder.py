@@ -54,7 +54,7 @@ from capture.sources import Source, require_sources
 from capture.state import load_newest
 from capture.store import SnapshotQueue, StraightwayError
 from capture.store.layout import WEIGHTS
-from capture.store.place import place_of, remove
+from capture.store.place import remove, target_of
 from capture.streams import MINIBATCH
 
 logger = logging.getLogger("capture")
@@ -136,7 +136,7 @@ class Recorder:
         clipped: bool | None = None,
         sources: Mapping[str, Source] | None = None,
     ) -> None:
-        self.path = place_of(path)
+        self.path = target_of(path)
         self.step = 0
         self.complete = False
         self.restored: dict[str, Any] | None = None

@@ -32,7 +32,7 @@ from capture.rng import seed_all
 from capture.storage import Storage, plan_storage, require_space
 from capture.store import UsageError
 from capture.store.layout import METADATA
-from capture.store.place import place_of
+from capture.store.place import target_of
 from capture.streams import parse_streams
 from capture.tasks import Task, augment_of, build_task, loss_elements
 
@@ -148,7 +148,7 @@ def train(
     where the disk seems too small. Raises `Interrupted` after SIGINT or SIGTERM, `MismatchError`
     where a run is resumed with another configuration, and what `Recorder` raises.
     """
-    out = place_of(out)
+    out = target_of(out)
     with deterministic(config.threads):
         training = prepare(config)
         config, model, optimizer = training.config, training.model, training.optimizer

@@ -71,7 +71,7 @@ def test_a_run_is_analyzed_where_torch_cannot_be_imported(tmp_path: Path) -> Non
     run = min((ROOT / "tests" / "golden").glob("*.zarr"))
     table, report = tmp_path / "table.parquet", tmp_path / "report.html"
     without_torch = "import sys; sys.modules['torch'] = None; from analyze.cli import main; main()"
-    loaded_by(without_torch, "compute", str(run), "--out", str(table))
+    loaded_by(without_torch, "compute", str(run), "--no-cache", "--out", str(table))
     loaded_by(without_torch, "report", str(table), "--out", str(report))
     assert report.stat().st_size > 0
 

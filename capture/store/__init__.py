@@ -24,9 +24,11 @@ if TYPE_CHECKING:
         WriteError,
     )
     from capture.store.export import export_state_dict
+    from capture.store.fetched_shard import FetchedShard, fetch_ahead
     from capture.store.layout import ChunkGrid
+    from capture.store.open_shard import MappedShard, Shard
     from capture.store.queue import SnapshotQueue
-    from capture.store.reader import MappedShard, Run, Stream, open_run
+    from capture.store.reader import Run, Stream, open_run
     from capture.store.shard import ShardLayout, Staging
     from capture.store.tensors import Tensor, TensorTable
     from capture.store.verify import Verification, verify_run
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ChunkGrid",
     "DamagedError",
+    "FetchedShard",
     "InputError",
     "LockedError",
     "MappedShard",
@@ -42,6 +45,7 @@ __all__ = [
     "NotARunError",
     "Run",
     "RunWriter",
+    "Shard",
     "ShardLayout",
     "SnapshotQueue",
     "Staging",
@@ -56,15 +60,19 @@ __all__ = [
     "Verification",
     "WriteError",
     "export_state_dict",
+    "fetch_ahead",
     "open_run",
     "verify_run",
 ]
 
 _HOMES = {
     "export_state_dict": "export",
+    "FetchedShard": "fetched_shard",
+    "fetch_ahead": "fetched_shard",
     "ChunkGrid": "layout",
     "SnapshotQueue": "queue",
-    "MappedShard": "reader",
+    "MappedShard": "open_shard",
+    "Shard": "open_shard",
     "Run": "reader",
     "Stream": "reader",
     "open_run": "reader",

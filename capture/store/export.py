@@ -13,7 +13,6 @@ from capture.store.files import write_durably
 from capture.store.frozen import read_frozen
 from capture.store.layout import WEIGHTS
 from capture.store.reader import Run, open_run
-from capture.store.shard import ShardLayout
 from capture.store.target import check_target
 
 _STORED_AS = {"F32": "<f4", "F64": "<f8", "F16": "<f2"}
@@ -55,12 +54,12 @@ def read_state(run: Run, step: int) -> dict[str, bytes]:
         tensor.name: narrow(values[start:stop], tensor.dtype)
         for tensor, start, stop in zip(run.table.parameters, offsets, offsets[1:], strict=False)
     }
-    layout = ShardLayout(WEIGHTS, run.table)
-    with weights.open(row) as shard:
-        shard.verify_rest()
-        for name, (start, stop) in layout.buffer_bounds.items():
-            shift = shard.data_start - layout.data_start
-            tensors[name] = shard.raw(start + shift, stop + shift)
+    if run.table.buffers:
+        with weights.open(row) as shard:
+            _, tail = shard.read_rest()
+        for name, (start, stop) in weights.layout.buffer_bounds.items():
+            shift = weights.layout.value_end
+            tensors[name] = tail[start - shift : stop - shift]
     return {**tensors, **read_frozen(run)}
 
 

@@ -1,6 +1,7 @@
-"""Paths on an object store: `s3://bucket/run.zarr`, `gs://…`, `az://…`.
+"""Paths on an object store: `s3://bucket/run.zarr`, `gs://…`, `az://…`; to read, also `https://…`.
 
-An object is there whole or not at all, so nothing here needs temporary files or renames. Requests
+An object is there whole or not at all, so nothing here needs temporary files or renames. A web
+server lists nothing and is never written to: there, what has a `zarr.json` is a folder. Requests
 that a server refuses for now (5xx, timeouts, broken connections) are sent again by `obstore`, up
 to `RETRIES` times with waits that double and vary at random. `obstore` is the optional extra
 `objects`; it is imported when the first such address is used.
@@ -26,12 +27,14 @@ from capture.store.errors import (
     UsageError,
     WriteError,
 )
+from capture.store.layout import METADATA
 
 if TYPE_CHECKING:
     from obstore import UpdateVersion
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
-SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "memory")
+SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "memory", "http", "https")
+READ_ONLY = ("http", "https")
 
 RETRIES = 8
 FIRST_WAIT = timedelta(seconds=0.1)
@@ -46,6 +49,9 @@ PART_BYTES = 64 * 2**20
 
 # An object that is copied comes in parts of about this size.
 COPY_BYTES = 8 * 2**20
+
+# What obstore says of a range that begins where the object has ended.
+_BEYOND_THE_END = "status code: 416"
 
 _AGAIN = "check address, credentials and network, then try again"
 _RESUME = f"{_AGAIN}; a stopped training goes on with --resume"
@@ -101,16 +107,33 @@ class ObjectPath:
         """The store of obstore, whose own root is that of the run."""
         return _store(self.root)
 
+    @property
+    def is_read_only(self) -> bool:
+        """Whether this lies on a web server, which neither lists nor takes anything."""
+        return self.root.partition("://")[0] in READ_ONLY
+
+    def require_writable(self) -> None:
+        """`UsageError` where this can only be read."""
+        if self.is_read_only:
+            raise UsageError(
+                "a run on a web server can only be read",
+                where=self,
+                fix="write to a path, or to an address with s3://, gs:// or az://",
+            )
+
     def exists(self) -> bool:
         """Whether an object or a folder is here."""
         return self._is_object() or self.is_dir()
 
     def is_dir(self) -> bool:
         """Whether any object lies below."""
+        if self.is_read_only:
+            return (self / METADATA)._is_object()
         return next(self.below(), None) is not None
 
     def iterdir(self) -> Iterator[ObjectPath]:
         """Objects and folders directly below; none where this is no folder."""
+        self._require_listing()
         with _reading(self):
             found = self.store.list_with_delimiter(self.key or None)
         keys = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
@@ -125,6 +148,7 @@ class ObjectPath:
 
     def below(self) -> Iterator[tuple[ObjectPath, int]]:
         """Every object below, with its size in bytes."""
+        self._require_listing()
         with _reading(self):
             for portion in self.store.list(self.key or None, chunk_size=1000):
                 for entry in portion:
@@ -160,6 +184,26 @@ class ObjectPath:
         what = f"{file.tell()} bytes arrived of {found.meta['size']}, twice"
         raise DamagedError(what, where=self, fix="check the network, then try again")
 
+    def read_range(self, start: int, stop: int) -> tuple[memoryview, int]:
+        """Fetch the bytes from `start` to `stop`; give those that came, and the object's size.
+
+        Fewer come where the object ends before `stop`, or the connection is at fault.
+        `DamagedError` where it is missing, `InputError` where the store does not answer.
+        """
+        from obstore.exceptions import GenericError, NotSupportedError
+
+        with _reading(self):
+            try:
+                found = self.store.get(self.key, options={"range": (start, stop)})
+                return memoryview(found.bytes()), found.meta["size"]
+            except NotSupportedError as error:
+                what, fix = "the server gives no parts of files", "use one that answers ranges"
+                raise InputError(what, where=self, fix=f"{fix}, such as nginx") from error
+            except GenericError as error:
+                if _BEYOND_THE_END not in str(error):
+                    raise
+                return memoryview(b""), self.store.head(self.key)["size"]
+
     def write_bytes(
         self, data: Any, mode: Literal["create", "overwrite"] | UpdateVersion = "overwrite"
     ) -> UpdateVersion:
@@ -168,6 +212,7 @@ class ObjectPath:
         With `mode` as in obstore, `obstore.exceptions` of a condition that does not hold are
         raised as they are.
         """
+        self.require_writable()
         view = memoryview(data).cast("B")
         with _writing(self):
             done = self.store.put(
@@ -182,6 +227,7 @@ class ObjectPath:
 
     def remove(self) -> None:
         """Remove the object and all that lies below, if there is any; the run's root first."""
+        self.require_writable()
         keys = [place.key for place, _ in self.below()]
         with _writing(self):
             for key in [*([self.key] if self.key else []), *sorted(keys, key=_depth)]:
@@ -198,6 +244,14 @@ class ObjectPath:
             except FileNotFoundError:
                 return None
         return _version(found["e_tag"], found["version"])
+
+    def _require_listing(self) -> None:
+        if self.is_read_only:
+            raise InputError(
+                "this needs a list of files, which a web server does not give",
+                where=self,
+                fix="give a run that has ended, or copy it to a disk",
+            )
 
     def _is_object(self) -> bool:
         return bool(self.key) and self.version() is not None
@@ -235,7 +289,7 @@ def _store(root: str) -> ObjectStore:
         "backoff": {"init_backoff": FIRST_WAIT, "max_backoff": LONGEST_WAIT, "base": 2},
     }
     options: ClientConfig = {
-        "allow_http": _allows_http(),
+        "allow_http": root.startswith("http://") or _allows_http(),
         "connect_timeout": "10s",
         "timeout": f"{REQUEST_SECONDS}s",
     }

@@ -29,7 +29,7 @@ def place_of(address: str | os.PathLike[str]) -> Place:
         raise UsageError(
             f"no run can lie at an address that begins with {scheme}://",
             where=text,
-            fix="give a path, or an address with s3://, gs:// or az://",
+            fix="give a path, or an address with s3://, gs:// or az://; to read also https://",
         )
     if not {"?", "#", "%"}.isdisjoint(rest):
         raise UsageError("no name with ?, # or %", where=text, fix="choose another name")
@@ -38,6 +38,14 @@ def place_of(address: str | os.PathLike[str]) -> Place:
         fix = f"add a name, as in {scheme}://{name or 'bucket'}/run.zarr"
         raise UsageError("no run is named", where=text, fix=fix)
     return ObjectPath(f"{scheme}://{name}")
+
+
+def target_of(address: str | os.PathLike[str]) -> Place:
+    """Return the place of a run that is to be written; `UsageError` where none can be."""
+    place = place_of(address)
+    if isinstance(place, ObjectPath):
+        place.require_writable()
+    return place
 
 
 def absolute(place: Place) -> Place:
@@ -107,5 +115,7 @@ def take_lock(path: Place) -> Lock:
 
 
 def is_locked(path: Place) -> bool:
-    """Whether a process has the one-writer lock."""
-    return is_held(path) if isinstance(path, ObjectPath) else files.is_locked(path)
+    """Whether a process has the one-writer lock; behind a web server nobody can tell."""
+    if isinstance(path, ObjectPath):
+        return not path.is_read_only and is_held(path)
+    return files.is_locked(path)

@@ -1,12 +1,9 @@
-"""The reader of a run: what was committed, mapped from disk, verified when it is used."""
+"""The reader of a run: what was committed, mapped or fetched, verified when it is used."""
 
 from __future__ import annotations
 
-import mmap
 import os
-from contextlib import suppress
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +16,10 @@ from capture.store.attributes import read_attributes
 from capture.store.errors import (
     RESTORE,
     DamagedError,
-    StraightwayError,
     UnfinishedError,
     UnknownNameError,
 )
-from capture.store.files import open_confined
+from capture.store.fetched_shard import FetchedShard, fetch_ahead
 from capture.store.layout import (
     COMMIT_LOG,
     COMPLETE,
@@ -31,14 +27,14 @@ from capture.store.layout import (
     PRIVATE_FOLDER,
     SCALARS,
     WEIGHTS,
-    ChunkGrid,
     shard_key,
     stream_folder,
     value_document,
 )
 from capture.store.objects import ObjectPath
+from capture.store.open_shard import MappedShard, Shard
 from capture.store.place import Place, place_of, read_confined
-from capture.store.shard import checksums, rest_checksum
+from capture.store.shard import ShardLayout
 from capture.store.tensors import TensorTable
 
 
@@ -160,11 +156,16 @@ class Stream:
         self.name = name
         self.batches = batches
         self.dtype = run.table.value_dtype
-        self.grid = ChunkGrid(run.table.num_parameters, self.dtype.itemsize)
+        self.layout = ShardLayout(name, run.table, batches)
+        self.grid = self.layout.grid
         self._relative = f"{stream_folder(name)}/value"
         private = f"{self._relative}/{PRIVATE_FOLDER}/{COMMIT_LOG}"
         self.log_path = run.path / private
-        commits, _ = log.decode(read_confined(run.path, private), self.log_path)
+        data = read_confined(run.path, private)
+        commits, sound = log.decode(data, self.log_path)
+        if isinstance(run.path, ObjectPath) and sound < len(data):
+            # Objects are put whole: no append of theirs is ever cut short.
+            raise DamagedError("the commit log is cut off", where=self.log_path, fix=RESTORE)
         # A stream that is being added to a complete run is not finished yet.
         finished = run.attributes["digests"]["rows"].get(name) if run.complete else None
         self.finished = finished is not None
@@ -176,16 +177,13 @@ class Stream:
             finished=finished,
         )
         self.commits = commits
-        self._by_key = {(commit.row, commit.batch): commit for commit in commits}
         rows = len(commits) // (batches or 1)
-        first = [commits[row * (batches or 1)] for row in range(rows)]
-        self.steps: NDArray[np.int64] = np.array([commit.step for commit in first], dtype=np.int64)
-        self.epochs: NDArray[np.float64] = np.array(
-            [np.nan if commit.epoch is None else commit.epoch for commit in first], dtype=np.float64
-        )
+        first = np.arange(rows) * (batches or 1)
+        self.steps: NDArray[np.int64] = commits.steps[first]
+        self.epochs: NDArray[np.float64] = commits.epochs[first]
         self.losses: NDArray[np.float64] | None = None
-        if commits and commits[0].loss is not None:
-            kept = np.array(log.losses(commits[: rows * (batches or 1)]), np.float64)
+        if commits.has_losses:
+            kept = commits.losses[: rows * (batches or 1)]
             self.losses = kept if batches is None else kept.reshape(rows, batches)
         self._check_metadata()
 
@@ -194,7 +192,7 @@ class Stream:
 
     @cached_property
     def _rows_by_step(self) -> dict[int, int]:
-        return {int(step): row for row, step in enumerate(self.steps)}
+        return {step: row for row, step in enumerate(self.steps.tolist())}
 
     def row_of(self, step: int) -> int:
         """Row of a step; `UnknownNameError` names the nearest recorded steps."""
@@ -209,23 +207,29 @@ class Stream:
             )
         return row
 
-    def open(self, row: int, batch: int | None = None) -> MappedShard:
-        """Map one shard; use it in a `with` statement.
+    def open(self, row: int, batch: int | None = None) -> Shard:
+        """Open one shard; use it in a `with` statement.
 
-        `DamagedError` where the file is missing, no regular file, or not of its committed size.
+        `DamagedError` where the file is missing, no regular file, or not of its committed size. On
+        an object store nothing is asked for yet: there it comes with the first part that is used.
         """
-        commit = self._by_key[row, batch]
-        return MappedShard(self, commit, f"{self._relative}/{shard_key(row, batch)}")
+        place = row * (self.batches or 1) + (batch or 0)
+        commit = self.commits[place]
+        assert (commit.row, commit.batch) == (row, batch), "a shard that the stream has"
+        kind = FetchedShard if isinstance(self.run.path, ObjectPath) else MappedShard
+        return kind(self, commit, f"{self._relative}/{shard_key(row, batch)}")
 
     def read(self, row: int, batch: int | None = None) -> NDArray[Any]:
         """Read one row in full, every byte verified: value dtype ``[D]``, a copy."""
         with self.open(row, batch) as shard:
-            shard.verify_rest()
+            chunks = range(self.grid.num_chunks)
+            fetch_ahead([shard], chunks)
             out = np.empty(self.grid.num_elements, self.dtype)
-            for chunk in range(self.grid.num_chunks):
+            for chunk in chunks:
                 start, stop = self.grid.bounds(chunk)
                 out[start:stop] = shard.chunk(chunk)
                 shard.verify_chunk(chunk)
+            shard.verify_rest()
             return out
 
     def _check_metadata(self) -> None:
@@ -245,99 +249,3 @@ class Stream:
                 where=self.run.path / relative,
                 fix=RESTORE,
             )
-
-
-class MappedShard:
-    """One shard, mapped read-only, or fetched whole from an object store.
-
-    Nothing is verified until a `verify_…` method is called.
-    """
-
-    def __init__(self, stream: Stream, commit: log.Commit, relative: str) -> None:
-        self.stream = stream
-        self.commit = commit
-        self.path = stream.run.path / relative
-        self._grid = stream.grid
-        self._map: mmap.mmap | bytes
-        try:
-            if isinstance(self.path, ObjectPath):
-                self._map = self._fetched(self.path)
-            else:
-                self._map = self._mapped(open_confined(Path(stream.run.path), relative))
-        except DamagedError as error:
-            raise self._damaged(error.what) from error
-        self.data_start = 8 + int.from_bytes(self._map[:8], "little")
-        if self.data_start + self._grid.num_chunks * self._grid.chunk_bytes > commit.size:
-            self.close()
-            raise self._damaged("the header is damaged")
-
-    def _mapped(self, descriptor: int) -> mmap.mmap:
-        try:
-            self._require_size(os.fstat(descriptor).st_size)
-            return mmap.mmap(descriptor, self.commit.size, access=mmap.ACCESS_READ)
-        finally:
-            os.close(descriptor)
-
-    def _fetched(self, path: ObjectPath) -> bytes:
-        """Fetch the object, and once again where its bytes are not those that were committed."""
-        data = path.read_bytes()
-        if not self._is_sound(data):
-            data = path.read_bytes()
-        self._require_size(len(data))
-        return data
-
-    def _is_sound(self, data: bytes) -> bool:
-        start = 8 + int.from_bytes(data[:8], "little")
-        end = start + self._grid.num_chunks * self._grid.chunk_bytes
-        if len(data) != self.commit.size or end > len(data):
-            return False
-        chunks, rest = checksums(np.frombuffer(data, np.uint8), start, self._grid)
-        return (tuple(chunks), rest) == (self.commit.chunks, self.commit.rest)
-
-    def _require_size(self, size: int) -> None:
-        if size != self.commit.size:
-            what = f"the file has {size} bytes, {self.commit.size} were committed"
-            raise DamagedError(what)
-
-    def __enter__(self) -> MappedShard:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def chunk(self, chunk: int) -> NDArray[Any]:
-        """View one inner chunk without copying: value dtype ``[C]``, the last one clipped to D."""
-        start, stop = self._grid.bounds(chunk)
-        offset = self.data_start + chunk * self._grid.chunk_bytes
-        return np.frombuffer(self._map, self.stream.dtype, stop - start, offset)
-
-    def verify_chunk(self, chunk: int) -> None:
-        """Compare one inner chunk with its committed checksum; `DamagedError` where it differs."""
-        start = self.data_start + chunk * self._grid.chunk_bytes
-        with memoryview(self._map) as view, view[start : start + self._grid.chunk_bytes] as part:
-            if crc32c(part) != int(self.commit.chunks[chunk], 16):
-                raise self._damaged(f"inner chunk {chunk} does not match its committed checksum")
-
-    def verify_rest(self) -> None:
-        """Compare header, buffers and index with their checksum; `DamagedError` on difference."""
-        with memoryview(self._map) as view:
-            if rest_checksum(view, self.data_start, self._grid) != self.commit.rest:
-                raise self._damaged(
-                    "header, buffers or index do not match their committed checksum"
-                )
-
-    def raw(self, start: int, stop: int) -> bytes:
-        """Copy the bytes of the file from `start` to `stop`."""
-        return self._map[start:stop]
-
-    def close(self) -> None:
-        """Unmap the file; views that are still in use keep the pages until they are gone."""
-        # While views on it are alive, the mapping stays: it goes with the last of them.
-        if isinstance(self._map, mmap.mmap):
-            with suppress(BufferError):
-                self._map.close()
-
-    def _damaged(self, what: str) -> StraightwayError:
-        batch = "" if self.commit.batch is None else f", batch {self.commit.batch}"
-        row = f"row {self.commit.row}{batch} (step {self.commit.step}) of {self.stream.name!r}"
-        return DamagedError(f"{row}: {what}", where=self.path, fix=RESTORE)

@@ -44,7 +44,12 @@ class ShardLayout:
         self.grid = ChunkGrid(table.num_parameters, self.dtype.itemsize)
         self.buffers = table.buffers if stream == WEIGHTS else ()
         self.value_bytes = self.grid.num_chunks * self.grid.chunk_bytes
+        self.buffer_bytes = sum(tensor.nbytes for tensor in self.buffers)
         self.index_bytes = 16 * self.grid.num_chunks + 4
+
+    def data_start_in(self, size: int) -> int:
+        """Byte at which coordinate 0 stands in a shard of `size` bytes: only headers differ."""
+        return size - self.value_bytes - self.buffer_bytes - self.index_bytes
 
     @cached_property
     def data_start(self) -> int:
@@ -69,7 +74,7 @@ class ShardLayout:
     @property
     def index_start(self) -> int:
         """Byte at which the Zarr index stands; it ends the file."""
-        return self.value_end + sum(tensor.nbytes for tensor in self.buffers)
+        return self.value_end + self.buffer_bytes
 
     @property
     def size(self) -> int:

@@ -68,14 +68,15 @@ class StreamWriter:
         """Read the log and cut a torn last line off it; `finished` as in `log.check`."""
         relative = f"{self._relative}/value/{PRIVATE_FOLDER}/{COMMIT_LOG}"
         data = read_confined(self._root, relative)
-        self.commits, sound = log.decode(data, self._log.path)
+        commits, sound = log.decode(data, self._log.path)
         log.check(
-            self.commits,
+            commits,
             self._log.path,
             batches=self.layout.batches,
             num_chunks=self.layout.grid.num_chunks,
             finished=finished,
         )
+        self.commits = list(commits)
         if sound < len(data):
             self._log.replace(data[:sound])
         self._log.load(data[:sound])

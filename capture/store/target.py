@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from capture.store.errors import UsageError
@@ -31,6 +31,35 @@ def check_target(
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(
             f"no file can be written here ({reason})", where=target, fix="name another file"
+        ) from error
+    return target
+
+
+def check_folder_target(
+    path: str | os.PathLike[str],
+    inputs: Iterable[str | os.PathLike[str]],
+    is_ours: Callable[[Path], bool],
+) -> Path:
+    """Return `path` if a folder may be made there, or one replaced that is empty or `is_ours`.
+
+    `UsageError` for anything else, a run above all, and where one of `inputs` is this folder or
+    inside it. Nothing is touched.
+    """
+    target = Path(path)
+    try:
+        if target.is_symlink() or not (target.is_dir() or not target.exists()):
+            raise UsageError("a file is in the way", where=target, fix="name another folder")
+        _check_folder(target)
+        if target.is_dir() and any(target.iterdir()) and (_is_run(target) or not is_ours(target)):
+            what = "this is a run" if _is_run(target) else "there is another folder"
+            raise UsageError(what, where=target, fix="name another one")
+        for source in map(os.path.realpath, inputs):
+            if Path(source).is_relative_to(target.resolve()):
+                raise UsageError("an input is in there", where=target, fix="name another folder")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(
+            f"no folder can be made here ({reason})", where=target, fix="name another one"
         ) from error
     return target
 

@@ -13,13 +13,13 @@ import zarr
 
 from capture.store.arrays import read_small
 from capture.store.errors import RESTORE, DamagedError, InputError
+from capture.store.fetched_shard import fetch_ahead
 from capture.store.frozen import read_frozen
 from capture.store.layout import METADATA, WEIGHTS, stream_folder
 from capture.store.log import Commit
 from capture.store.objects import ObjectPath
 from capture.store.place import Place
 from capture.store.reader import Run, Stream, open_run
-from capture.store.shard import ShardLayout
 
 _REWRITE = "the log is right: `capture.store.RunWriter.reopen(RUN).close()` in Python rewrites this"
 
@@ -81,14 +81,14 @@ def _checks(run: Run, found: Verification) -> Iterator[Callable[[], object]]:
 
 def _check_shard(stream: Stream, commit: Commit, found: Verification) -> None:
     found.shards += 1
-    layout = ShardLayout(stream.name, stream.run.table, stream.batches)
     with stream.open(commit.row, commit.batch) as shard:
         found.bytes += commit.size
-        shard.verify_rest()
-        for chunk in range(stream.grid.num_chunks):
+        chunks = range(stream.grid.num_chunks)
+        fetch_ahead([shard], chunks)
+        for chunk in chunks:
             shard.verify_chunk(chunk)
-        header = shard.raw(0, layout.data_start)
-    if header != layout.header(commit.step, commit.batch):
+        header, _ = shard.read_rest()
+    if header != stream.layout.header(commit.step, commit.batch):
         raise DamagedError(
             f"row {commit.row} of {stream.name!r}: the header is not that of step {commit.step}",
             where=shard.path,

@@ -48,9 +48,9 @@ from capture.store.place import (
     Place,
     absolute,
     make_folders,
-    place_of,
     remove,
     take_lock,
+    target_of,
     write_json,
 )
 from capture.store.scalars import ScalarsWriter
@@ -108,7 +108,7 @@ class RunWriter:
         if not streams_are_sound(streams):
             raise UsageError(f"{dict(streams)!r} cannot be streams", fix="use letters, - and _")
         check_given(attributes or {})
-        root = absolute(place_of(path))
+        root = absolute(target_of(path))
         private = root / WEIGHTS / "value" / PRIVATE_FOLDER
         with writing(root):
             refuse_taken(root)
@@ -159,7 +159,7 @@ class RunWriter:
 
         `MismatchError` where its tensors are not those of `table`.
         """
-        root = absolute(place_of(path))
+        root = absolute(target_of(path))
         stored = TensorTable.from_json(read_attributes(root)["tensors"], root / METADATA)
         difference = None if table is None else stored.difference(table)
         if difference is None and table is not None and stored != table:

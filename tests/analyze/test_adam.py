@@ -270,13 +270,29 @@ def test_blocks_are_cut_where_there_are_fewer_states_than_workers(
     monkeypatch.setattr(layout, "TARGET_CHUNK_BYTES", 64)
     run = tmp_path / "run.zarr"
     train(run, partial(optim.Adam, **PLAIN))
-    session = adam_blocks._Session(adam_blocks._Plan("", str(run), ()))
-    chunks = session.weights.grid.num_chunks
+    opened = open_run(run)
+    chunks = opened.stream("weights").grid.num_chunks
     assert chunks > 3
     for states, threads in ((1, 1), (1, 8), (2, 3), (5, 2), (1, 100)):
-        parts = list(session.cut(dict.fromkeys(range(states)), threads))
-        assert [chunk for part in parts for chunk in part] == list(range(chunks))
-        assert (len(parts) > 1) == (states < threads)
+        steps = {"minibatch": np.arange(states), "extra": np.arange(states)[1:]}
+        blocks = list(adam_blocks.cut(opened, steps, threads))
+        for step in range(states):
+            own = [block for block in blocks if block.step == step]
+            assert [chunk for block in own for chunk in block.chunks] == list(range(chunks))
+            assert (len(own) > 1) == (states < threads)
+            assert set(own[0].streams) == {name for name in steps if step in steps[name]}
+
+
+def test_more_batches_than_may_be_open_are_opened_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run.zarr"
+    train(run, partial(optim.Adam, **PLAIN), extra=True)
+    whole = measure_run(str(run), cache=False)["model"]
+    monkeypatch.setattr(adam_blocks, "most_open", lambda threads: 2)
+    again = measure_run(str(run), cache=False)["model"]
+    for column in COLUMNS:
+        np.testing.assert_array_equal(whole[column], again[column])
 
 
 def test_a_cluster_gives_the_same_bytes_and_the_same_errors(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_references_streams_and_groups_are_chosen(folder: Path) -> None:
     assert done.stdout.count("minibatch  early") == 4
 
 
-@pytest.mark.parametrize("command", ["compute", "report"])
+@pytest.mark.parametrize("command", ["compute", "report", "schedule"])
 def test_the_example_of_each_command_runs(folder: Path, command: str) -> None:
     example = main.commands[command].example  # type: ignore[attr-defined]
     words = shlex.split(example.replace("\\\n", " "))
@@ -146,7 +146,7 @@ def test_what_a_user_can_do_wrong(
     assert not Path("t.parquet").exists()
 
 
-@pytest.mark.parametrize("command", ["compute", "report"])
+@pytest.mark.parametrize("command", ["compute", "report", "schedule"])
 @pytest.mark.parametrize(
     ("out", "words"),
     [
@@ -207,7 +207,7 @@ def test_a_cluster_gives_the_same_file_and_the_same_errors(folder: Path) -> None
     assert analyze("compute", "runs/first.zarr", "--out", "here.parquet").exit_code == 0
     flip(Path(shard), 8 + int.from_bytes(Path(shard).read_bytes()[:8], "little") + 5)
     with LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0"
     ) as cluster:
         there = ["--scheduler", cluster.scheduler_address, "--out", "there.parquet"]
         done = in_a_process("compute", "runs/first.zarr", *there)
@@ -312,8 +312,9 @@ def test_an_old_table_is_overwritten(folder: Path) -> None:
     assert pq.read_table("t.parquet").num_rows == 33
 
 
-def test_the_choices_of_by_are_all_groupings() -> None:
-    option = next(p for p in main.commands["compute"].params if p.name == "by")
+@pytest.mark.parametrize("command", ["compute", "schedule"])
+def test_the_choices_of_by_are_all_groupings(command: str) -> None:
+    option = next(p for p in main.commands[command].params if p.name == "by")
     assert list(option.type.choices) == list(GROUPINGS)  # type: ignore[attr-defined]
 
 

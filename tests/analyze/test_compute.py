@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analyze import checksums, references
+from analyze import checksums, reference_rows, spill
 from analyze.compute import Moments, compute_moments
 from analyze.moments import GEOMETRY, MOMENTS, WITHOUT_GRADIENT
 from analyze.references import parse_reference
@@ -264,7 +264,8 @@ def test_non_finite_coordinates_are_counted_by_tensor(small_chunks: None, tmp_pa
 def test_references_are_closed_after_each_call(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()  # what earlier tests left open
     closed: list[object] = []
-    monkeypatch.setattr(references._Rows, "close", lambda rows: closed.append(rows))
+    for kind in (reference_rows._Row, spill.SpilledChunks):
+        monkeypatch.setattr(kind, "close", lambda bound: closed.append(bound))
     for calls in (1, 2):
         measure(run, workers=2)
         assert len(closed) == len(REFERENCES) * calls

@@ -89,8 +89,14 @@ def test_the_null_is_exact_where_gradients_are_orthogonal(
             dot, dist = gradients[step] @ e[step], e[step] @ e[step]
             assert found.dot[step, tensor] == pytest.approx(dot, rel=EXACT, abs=1e-15)
             assert found.dist[step, tensor] == pytest.approx(dist, rel=EXACT, abs=1e-15)
+            u = path[step + 1] - path[step] if group >= 0 else np.zeros(total + 1)
+            # A difference of weights of up to 5 keeps 16 digits of these, not of itself.
+            near = {"rel": EXACT, "abs": 1e-13}
+            assert found.update_dot[step, tensor] == pytest.approx(u @ e[step], **near)
+            assert found.update_square[step, tensor] == pytest.approx(u @ u, **near)
     if end < total:
         assert np.isnan(found.dot[end]).all()
+        assert np.isnan(found.update_dot[end]).all()
     assert np.isnan(found.dot[total]).all()
 
 
@@ -139,6 +145,10 @@ def test_without_decay_it_is_the_formula_of_the_definitions(
     null, rate = literal(lr, beta, norms)
     assert cosine(found) == pytest.approx(null, rel=1e-13)
     assert (found.dot / found.grad)[:, 0] == pytest.approx(rate, rel=1e-13)
+    if literal is literal_heavy_ball:
+        # The update of heavy ball has the same null rate: it goes on in its momentum.
+        update = -lr * (found.update_dot / found.update_square)[:, 0]
+        assert update == pytest.approx(rate, rel=EXACT)
 
 
 def test_plain_sgd_of_constant_size_has_the_null_of_a_random_walk() -> None:

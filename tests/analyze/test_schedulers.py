@@ -25,7 +25,7 @@ def measure(run: Path, **options: Any) -> Moments:
 def cluster() -> Iterator[str]:
     """The address of a scheduler with two worker processes."""
     with LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0"
     ) as started:
         yield started.scheduler_address
 
@@ -61,7 +61,7 @@ def test_an_error_on_a_worker_arrives_as_it_is(cluster: str, run: Path, tmp_path
 def test_a_cluster_that_does_not_answer_is_one_line(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("analyze.schedulers._CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr("analyze.cluster._CONNECT_SECONDS", 0.2)
     with pytest.raises(InputError, match=r"no Dask scheduler answers: tcp://127.0.0.1:9; start"):
         measure(run, scheduler="tcp://127.0.0.1:9")
 

@@ -8,36 +8,44 @@ import pyarrow as pa
 import pytest
 
 from analyze.tables import measure_run, schema
-from analyze.verdict import part_of, verdict
+from analyze.verdict import part_of, summarise, verdict
 from tests.analyze.recorded import Values, random_run, write_run
 
 TOTAL = 100
 
 
 def table_of(
-    cosine: Values, null: float, reason: str, *, stream: str = "minibatch", reference: str = "final"
+    cosine: Values,
+    null: float,
+    reason: str,
+    *,
+    stream: str = "minibatch",
+    reference: str = "final",
+    total: int = TOTAL,
+    batches: int | None = None,
 ) -> pa.Table:
-    """A table of the whole model at steps 0, 1, …, all else NaN."""
+    """A table of the whole model at steps 0, 1, …, each with all batches; all else NaN."""
     count = len(cosine)
+    numbers = np.tile(np.arange(batches or 1), count // (batches or 1))
     column = "cosine_update" if stream == "updates" else "cosine"
     filled = {
         "run": ["runs/a.zarr"] * count,
         "stream": [stream] * count,
         "group": ["model"] * count,
         "reference": [reference] * count,
-        "step": np.arange(count),
+        "step": np.arange(count) // (batches or 1),
         "num_parameters": np.full(count, 1234),
         "nonfinite": np.zeros(count, np.int64),
         column: cosine,
         "cosine_null": np.full(count, null),
-        "batch": pa.nulls(count, pa.int64()),
+        "batch": pa.nulls(count, pa.int64()) if batches is None else numbers,
     }
     arrays = [
         pa.array(filled[field.name] if field.name in filled else np.full(count, np.nan), field.type)
         for field in schema()
     ]
     document = {
-        "runs": [{"run": "runs/a.zarr", "final_step": TOTAL, "num_parameters": 1234}],
+        "runs": [{"run": "runs/a.zarr", "final_step": total, "num_parameters": 1234}],
         "null": {f"runs/a.zarr|{reference}": reason},
     }
     table = pa.Table.from_arrays(arrays, schema=schema())
@@ -75,25 +83,55 @@ def test_medians_quantiles_ratio_and_fraction_of_each_part() -> None:
     early = np.arange(30) / 100
     cosine = np.concatenate([early, np.full(30, -0.1), np.full(30, 0.4), np.ones(10)])
     text = verdict(table_of(cosine, 0.25, "exact for SGD"))
-    # Quantiles by linear interpolation: 0.145, 0.029, 0.261.
-    assert line_of(text, "early") == [
-        *("minibatch", "early", "30", "0.145", "[0.029,", "0.261]", "0.25"),
-        *("0.58", "[0.116,", "1.04]", "0", "%"),
+    # A straight line is worth few independent steps: too few for an interval of its mean.
+    assert line_of(text, "early")[:9] == [
+        *("minibatch", "early", "30", "(3)", "0.145", "0.25", "0.58", "[0.116,", "1.04]"),
     ]
-    assert line_of(text, "middle")[2:4] == ["30", "-0.1"]
-    assert line_of(text, "middle")[-2:] == ["100", "%"]
-    assert line_of(text, "late")[7] == "1.6"
+    # Of the share of 30 rows below 0, which is 0, Wilson's at 3 effective steps: up to 57 %.
+    assert line_of(text, "early")[9:] == ["0", "%", "[0,", "57.2]"]
+    assert line_of(text, "middle")[2] == "30"
+    assert "100 %" in next(line for line in text.splitlines() if " middle " in line)
+    assert "1.6 [1.6, 1.6]" in next(line for line in text.splitlines() if " late " in line)
     assert "left out: the last 10 % before w*, t = 90 to 100 (10 rows)" in text
     assert "runs/a.zarr   w* = final   T = 100 updates   D = 1,234" in text
     assert "γ⁰: exact for SGD" in text
     assert "γ > 0: a step along -g starts out towards w*." in text
-    assert "no confidence interval" in text
+    assert "About other seeds this says nothing" in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_interval_is_that_of_independent_rows_where_they_are() -> None:
+    """Early noise of known mean: the interval is that of Student's t, within a tenth or so."""
+    draw = np.random.default_rng(3).standard_normal
+    cosine = 0.2 + 0.1 * draw(1000)
+    (found,) = summarise(table_of(cosine, 0.1, "exact", total=1000))
+    part = found.parts[0]
+    rows = cosine[:300]
+    assert part.mean.interval.value == pytest.approx(rows.mean())
+    half = 1.96 * rows.std(ddof=1) / np.sqrt(300)
+    assert part.mean.interval.high - rows.mean() == pytest.approx(half, rel=0.25)
+    assert part.below.interval.value == (rows < 0).mean()
+    assert 0 < part.below.interval.low < part.below.interval.value < part.below.interval.high
+
+
+def test_batches_of_one_step_are_no_independent_steps() -> None:
+    """The same series in each of 4 batches: four times the rows, the same interval."""
+    series = 0.2 + 0.1 * np.random.default_rng(3).standard_normal(1000)
+    one = summarise(table_of(series, 0.1, "exact", total=1000))[0].parts[0]
+    four = summarise(table_of(np.repeat(series, 4), 0.1, "exact", total=1000, batches=4))[0].parts[
+        0
+    ]
+    assert (one.n, four.n) == (300, 1200)
+    assert one.mean.effective == pytest.approx(four.mean.effective)
+    width = one.mean.interval.high - one.mean.interval.low
+    assert four.mean.interval.high - four.mean.interval.low == pytest.approx(width, rel=0.1)
 
 
 def test_no_null_is_said_with_its_reason() -> None:
     text = verdict(table_of(np.full(100, 0.1), np.nan, "no null: Adam has no closed form"))
-    assert line_of(text, "early") == ["minibatch", "early", "30", "0.1", "[0.1,", "0.1]", "–", "–", "0", "%"]  # fmt: skip  # noqa: E501
+    line = line_of(text, "early")
+    assert line[:3] == ["minibatch", "early", "30"]
+    assert line.count("–") == 2
     assert "γ⁰: no null: Adam has no closed form" in text
 
 
@@ -108,8 +146,9 @@ def test_undefined_rows_are_left_out_and_counted() -> None:
 
 def test_an_update_towards_the_reference_counts_as_positive() -> None:
     text = verdict(table_of(np.full(100, -0.7), np.nan, "exact", stream="updates"))
-    assert line_of(text, "early")[3] == "0.7"
-    assert line_of(text, "early")[-2:] == ["0", "%"]
+    (found,) = summarise(table_of(np.full(100, -0.7), np.nan, "exact", stream="updates"))
+    assert found.parts[0].mean.interval.value == pytest.approx(0.7)
+    assert found.parts[0].negative == 0
     assert "updates: -cos(u, e)" in text
 
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-BENCHMARKS = ("compute", "peers", "growth", "recorder", "training")
+BENCHMARKS = ("compute", "pairs", "peers", "growth", "recorder", "training")
 PACKAGES = ("straightway", "numpy", "numba", "dask", "zarr", "crc32c", "torch")
 
 

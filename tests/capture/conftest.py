@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -23,6 +25,27 @@ class Quiet(SimpleHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+
+class Ranges(Quiet):
+    """As `Quiet`, and gives parts of files, as a web server does."""
+
+    def do_GET(self):
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        path = Path(self.translate_path(self.path))
+        if asked is None or not path.is_file():
+            super().do_GET()
+            return
+        data = path.read_bytes()
+        start, stop = int(asked[1]), min(int(asked[2]) + 1, len(data))
+        if start >= len(data):
+            self.send_error(416)
+            return
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+        self.send_header("Content-Length", str(stop - start))
+        self.end_headers()
+        self.wfile.write(data[start:stop])
 
 
 @contextmanager
@@ -58,12 +81,14 @@ class Proxy(BaseHTTPRequestHandler):
 
     `fault(method, path)` says ``busy`` (503), ``close`` (not passed on, no answer), ``lost``
     (passed on, no answer), ``cut`` (the connection ends within the body), ``short`` (half a body,
-    as if it were all), ``flip`` (one bit changed), or `None`.
+    as if it were all), ``flip`` (one bit changed), ``gone`` (404), or `None`. `seen` lists method,
+    path, and bytes of the body of every answer.
     """
 
     protocol_version = "HTTP/1.1"
     server_port = 0
     fault = staticmethod(lambda method, path: None)
+    seen = ()
 
     def pass_on(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -73,6 +98,9 @@ class Proxy(BaseHTTPRequestHandler):
             return
         if fault == "busy":
             self.answer(503, {}, b"<Error><Code>SlowDown</Code></Error>")
+            return
+        if fault == "gone":
+            self.answer(404, {}, b"<Error><Code>NoSuchKey</Code></Error>")
             return
         server = http.client.HTTPConnection("127.0.0.1", self.server_port)
         server.request(self.command, self.path, body, dict(self.headers))
@@ -84,7 +112,7 @@ class Proxy(BaseHTTPRequestHandler):
             return
         if fault == "short":
             data = data[: len(data) // 2]
-        if fault == "flip":
+        if fault == "flip" and len(data) >= 20:
             data = data[:-20] + bytes([data[-20] ^ 1]) + data[-19:]
         self.answer(answer.status, dict(answer.getheaders()), data, cut=fault == "cut")
 
@@ -93,6 +121,7 @@ class Proxy(BaseHTTPRequestHandler):
         for name, value in headers.items():
             if name.lower() not in ("content-length", "transfer-encoding", "connection"):
                 self.send_header(name, value)
+        self.seen.append((self.command, self.path, len(data)))
         length = headers.get("Content-Length") if self.command == "HEAD" else len(data)
         self.send_header("Content-Length", str(length or 0))
         self.end_headers()
@@ -155,9 +184,13 @@ class Bucket:
         return ObjectPath(self.address(name), key)
 
     def fail(self, fault):
-        """From here on, let `fault(method, path)` pick what goes wrong; see `Proxy`."""
-        settings = {"server_port": self._port, "fault": staticmethod(fault)}
+        """From here on, let `fault(method, path)` pick what goes wrong; see `Proxy`.
+
+        Returns the growing list of what was answered.
+        """
+        settings = {"server_port": self._port, "fault": staticmethod(fault), "seen": []}
         self.use_endpoint(self._serve(type("Faulty", (Proxy,), settings)))
+        return settings["seen"]
 
     def heal(self):
         self.use_endpoint(f"http://127.0.0.1:{self._port}")

@@ -42,8 +42,17 @@ def run(folder):
     return Path("runs/first.zarr")
 
 
-@pytest.mark.parametrize("name", ["plan", "info", "verify", "export"])
-def test_the_example_of_each_command_runs(run, name):
+@pytest.fixture(scope="module")
+def checkpoints(run):
+    """The folder of checkpoints of the example of ``capture import``."""
+    Path("checkpoints").mkdir()
+    for step in (0, 40, 88):
+        done = call("export", str(run), f"checkpoints/step_{step}.safetensors", "--step", str(step))
+        assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("name", ["plan", "import", "info", "verify", "export"])
+def test_the_example_of_each_command_runs(run, checkpoints, name):
     program, *arguments = shlex.split(main.commands[name].example)
     assert program == "capture"
     done = call(*arguments)
@@ -76,6 +85,7 @@ def test_help_fits_a_terminal_of_80_columns(name, monkeypatch):
 
 
 def test_help_says_what_the_arguments_are():
+    assert "FOLDER holds them" in " ".join(call("import", "--help").stdout.split())
     for name in ("info", "verify", "export"):
         assert "RUN is the folder that" in call(name, "--help").stdout
     assert "OUT the file to write" in " ".join(call("export", "--help").stdout.split())
@@ -172,7 +182,7 @@ def test_export_writes_a_state_dict_that_loads_strictly(run):
     ("arguments", "code", "words"),
     [
         ("trian", 2, "no such command 'trian': did you mean 'train'? see capture --help"),
-        ("banana", 2, "the commands are train, plan, probe, info, verify, export"),
+        ("banana", 2, "the commands are train, plan, probe, import, info"),
         ("train --lrr 1", 2, "Did you mean"),
         ("train --task digits", 2, "missing option '--out'; see capture train --help"),
         ("train --out x.zarr", 2, "no task is given; give --task"),

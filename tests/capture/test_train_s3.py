@@ -162,3 +162,7 @@ def test_a_plan_for_an_object_store_is_refused():
 
     with pytest.raises(UsageError, match="how much room an object store has"):
         plan(read_config(flags=FLAGS), "s3://bucket/run.zarr")
+    arguments = ["plan", "--task", "digits", "--out", "s3://bucket/run.zarr"]
+    done = CliRunner().invoke(capture, arguments)
+    assert done.exit_code == 2
+    assert "how much room an object store has" in done.output

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from crc32c import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capture.store import DamagedError
-from capture.store.log import Commit, check, decode, encode
+from capture.store import DamagedError, log
+from capture.store.log import Commit, decode, encode
 
 LOG = Path("commits.jsonl")
 CHECKSUM = st.integers(0, 2**32 - 1).map("{:08x}".format)
@@ -43,6 +46,11 @@ def rows(count: int, batches: int | None = None) -> list[Commit]:
     ]
 
 
+def check(commits: list[Commit], path: Path, **options: Any) -> None:
+    """Check commits as they come out of a log."""
+    log.check(decode(b"".join(map(encode, commits)), path)[0], path, **options)
+
+
 def test_a_line_byte_by_byte():
     body = (
         b'"row":3,"batch":null,"step":30,"epoch":1.5,"size":600,"rest":"0000abcd",'
@@ -59,7 +67,8 @@ def test_a_log_cut_anywhere_keeps_the_whole_lines(commits, data):
     cut = data.draw(st.integers(0, len(whole)))
     ends = [len(b"".join(lines[:count])) for count in range(len(lines) + 1)]
     kept = max(count for count, end in enumerate(ends) if end <= cut)
-    assert decode(whole[:cut], LOG) == (commits[:kept], ends[kept])
+    found, sound = decode(whole[:cut], LOG)
+    assert (list(found), sound) == (commits[:kept], ends[kept])
 
 
 @given(st.lists(COMMITS, min_size=1, max_size=3), st.data())
@@ -72,7 +81,7 @@ def test_no_changed_bit_goes_unnoticed(commits, data):
         assert "of the commit log is damaged" in str(error)  # noqa: PT017 (not always raised)
     else:
         # Only where the last newline is gone: what is left is a torn line.
-        assert found == commits[:-1]
+        assert list(found) == commits[:-1]
 
 
 @pytest.mark.parametrize("batches", [None, 3])
@@ -110,3 +119,51 @@ def test_steps_must_grow_and_chunks_be_as_many_as_the_grid_has():
 def test_a_finished_log_that_is_too_short_is_damage():
     with pytest.raises(DamagedError, match="lists 4 shards, the finished run has 6"):
         check(rows(4), LOG, batches=None, num_chunks=1, finished=6)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("row", "0"),
+        ("row", 0.5),
+        ("row", 2**64),
+        ("batch", -1),
+        ("step", None),
+        ("size", [1]),
+        ("epoch", "soon"),
+        ("loss", "much"),
+        ("chunks", "00000000"),
+        ("more", 1),
+        ("rest", ...),
+    ],
+)
+def test_a_line_of_another_kind_is_damage(field: str, value: object) -> None:
+    """Nobody writes such lines, with a right checksum: no number may come of them."""
+    line = json.loads(encode(rows(1)[0]))
+    del line["crc32c"]
+    if value is ...:
+        del line[field]
+    else:
+        line[field] = value
+    body = json.dumps(line, separators=(",", ":")).encode()[1:]
+    forged = b'{"crc32c":"%08x",' % crc32c(body) + body + b"\n"
+    with pytest.raises(DamagedError, match="the commit log cannot be read"):
+        decode(forged, LOG)
+
+
+@given(st.lists(COMMITS, min_size=1, max_size=4))
+def test_columns_are_those_of_the_commits(commits: list[Commit]) -> None:
+    found, _ = decode(b"".join(map(encode, commits)), LOG)
+    assert found.rows.tolist() == [commit.row for commit in commits]
+    assert found.batches.tolist() == [
+        -1 if commit.batch is None else commit.batch for commit in commits
+    ]
+    assert found.steps.tolist() == [commit.step for commit in commits]
+    assert found.sizes.tolist() == [commit.size for commit in commits]
+    assert found.num_chunks.tolist() == [len(commit.chunks) for commit in commits]
+    for epoch, commit in zip(found.epochs, commits, strict=True):
+        assert epoch == commit.epoch or (np.isnan(epoch) and commit.epoch is None)
+    assert found[-1] == commits[-1]
+    assert found[1:] == commits[1:]
+    assert found.text(1) == encode(commits[0])
+    assert found.nbytes == len(found.text(len(commits)))

@@ -1,0 +1,163 @@
+"""Tables for other programs: CSV, Parquet, NetCDF, Zarr, and LaTeX for a paper.
+
+A file or folder is there in full or not at all; one that was there before is replaced at the end.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import csv
+
+from analyze.dataset import FACTS, to_tree
+from analyze.inputs import read_inputs
+from analyze.tables import write_table
+from analyze.verdict_tex import verdict_tex
+from capture.store.errors import InputError, UsageError
+from capture.store.files import remove, sync_folder, write_durably, writing
+from capture.store.layout import METADATA
+from capture.store.target import check_folder_target, check_target
+
+_ZARR = ".zarr"
+# In elements: a packed variable of fewer takes more room than a plain one.
+_WORTH_PACKING = 2**14
+
+
+def export_inputs(inputs: Sequence[str], out: str | os.PathLike[str]) -> Path:
+    """Write runs, and tables of `analyze compute`, as one table in the format of `out`'s suffix.
+
+    A run is measured against final, as a whole and by layer. Formats, and the errors of the place,
+    are those of `export_table`; `UsageError` too where `out` is an input, `InputError` for an
+    input that is neither run nor table. Then nothing is written.
+    """
+    target = _check(out, inputs)
+    _write(read_inputs(inputs).table, target)
+    return target
+
+
+def export_table(table: pa.Table, out: str | os.PathLike[str]) -> Path:
+    """Write a table in the format that the suffix of `out` names; return the path.
+
+    - ``.csv``: UTF-8, one line per row; floats with as many digits as give the same float64 back,
+      NaN and null as an empty field.
+    - ``.parquet``: as `write_table`.
+    - ``.nc``: NetCDF 4, a group for each stream; units and formulas are attributes.
+    - ``.zarr``: Zarr 3, a folder, a group for each stream, as in NetCDF.
+    - ``.tex``: the numbers of the verdict, a LaTeX table for each run and reference.
+
+    Groups are those of `to_dataset`. `UsageError` for another suffix or a place that may not be
+    written, `InputError` for a table without rows or one that the format cannot hold, `WriteError`
+    where the disk refuses.
+    """
+    target = _check(out, ())
+    _write(table, target)
+    return target
+
+
+def _check(out: str | os.PathLike[str], inputs: Sequence[str]) -> Path:
+    suffix = Path(out).suffix.lower()
+    if suffix != _ZARR and suffix not in _FILES:
+        what = f"the suffix {suffix!r} names no format" if suffix else "a name without a suffix"
+        raise UsageError(what, where=out, fix=f"end it in {', '.join([*_FILES, _ZARR])}")
+    if suffix == _ZARR:
+        return check_folder_target(out, inputs, _is_export)
+    return check_target(out, inputs)
+
+
+def _write(table: pa.Table, target: Path) -> None:
+    if not table.num_rows:
+        raise InputError("the table has no rows", fix="make it again from the run")
+    if target.suffix.lower() == _ZARR:
+        _write_zarr(table, target)
+    else:
+        _FILES[target.suffix.lower()](table, target)
+
+
+def _write_csv(table: pa.Table, target: Path) -> None:
+    columns = [
+        pc.if_else(pc.is_nan(column), None, column) if pa.types.is_floating(column.type) else column
+        for column in table.columns
+    ]
+    buffer = io.BytesIO()
+    buffer.write(f"{','.join(table.column_names)}\n".encode())
+    options = csv.WriteOptions(include_header=False, quoting_style="needed")
+    csv.write_csv(pa.table(columns, names=table.column_names), buffer, options)
+    write_durably(target, buffer.getbuffer(), target.parent)
+
+
+def _write_netcdf(table: pa.Table, target: Path) -> None:
+    tree = to_tree(table)
+    # Columns that do not apply to a stream are NaN throughout; what is small only grows.
+    encoding: dict[str, Any] = {
+        child.path: {
+            name: {"zlib": True, "complevel": 4}
+            for name, variable in child.variables.items()
+            if variable.size >= _WORTH_PACKING and variable.dtype.kind != "O"
+        }
+        for child in tree.children.values()
+    }
+    data = tree.to_netcdf(engine="h5netcdf", encoding=encoding)
+    write_durably(target, data, target.parent)
+
+
+def _write_tex(table: pa.Table, target: Path) -> None:
+    write_durably(target, verdict_tex(table).encode(), target.parent)
+
+
+_FILES: Mapping[str, Callable[[pa.Table, Path], None]] = {
+    ".csv": _write_csv,
+    ".parquet": write_table,
+    ".nc": _write_netcdf,
+    ".tex": _write_tex,
+}
+
+
+def _write_zarr(table: pa.Table, target: Path) -> None:
+    """Write beside the target, then rename; an older export steps aside until that is done."""
+    tree = to_tree(table)
+    new, old = (target.with_name(f"{target.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    try:
+        with writing(target):
+            tree.to_zarr(new, mode="w", zarr_format=3, consolidated=False)
+            _sync(new)
+            _swap(new, target, old)
+    finally:
+        remove(new)
+        if target.exists():
+            remove(old)
+
+
+def _swap(new: Path, target: Path, old: Path) -> None:
+    if target.exists():
+        os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        if old.exists():
+            os.rename(old, target)
+        raise
+    sync_folder(target.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Make a folder and all that is in it durable."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with open(Path(place, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(place))
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        document = json.loads((folder / METADATA).read_bytes())
+        return FACTS in document["attributes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

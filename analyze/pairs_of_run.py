@@ -1,0 +1,151 @@
+"""From a run to its tables of pairs: which streams, which lags, and whether that is too much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analyze.cache import Where, measured_moments
+from analyze.gram import compute_gram, regroup
+from analyze.groups import Grouping, group_tensors, name_of
+from analyze.pair_blocks import choose_pairs
+from analyze.pair_table import PairTables, build_pairs
+from analyze.references import parse_reference
+from capture.store.errors import InputError, UsageError
+from capture.store.layout import WEIGHTS
+from capture.store.reader import Run, Stream, open_run
+
+Integers = NDArray[np.int64]
+
+# Rows of a stream of which all pairs are measured without being asked to; rows of the table that
+# still fit into the memory of a laptop, with all their columns.
+MOST_ROWS_BY_DEFAULT = 200
+_MOST_TABLE_ROWS = 20_000_000
+_SUGGESTED = 6
+
+
+def measure_pairs(
+    path: str,
+    references: Sequence[str] = ("final",),
+    *,
+    streams: Sequence[str] = (),
+    lags: Sequence[int] | str | None = None,
+    by: Sequence[Grouping] = ("model",),
+    scheduler: str = "threads",
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cache: Where = True,
+) -> dict[str, PairTables]:
+    """Measure pairs of saved steps of a run, and the noise of batches: by name of each grouping.
+
+    `lags` are updates between the two steps of a pair, or ``"all"``; `None` means all where no
+    stream has more than `MOST_ROWS_BY_DEFAULT` rows. Without `streams`, all of the run that have
+    rows but the weights, and the weights where there are no others; `references` as typed.
+    `UsageError` where the table would become too large or has to be asked for; `InputError` where
+    no two steps are a lag apart; others, and scheduler, workers and progress, are those of
+    `analyze.gram.compute_gram`, and `cache`, for the moments of the rows, that of
+    `analyze.tables.measure_run`.
+    """
+    parsed = [parse_reference(text) for text in dict.fromkeys(references)]
+    run = open_run(path)
+    groupings = {name_of(one): group_tensors(run.table, one)[1] for one in by}
+    # Tensors that are together in all of them; what these have is added up to each.
+    finest = np.unique(np.stack(list(groupings.values())), axis=1, return_inverse=True)[1]
+    chosen = _choose_streams(run, streams)
+    largest = 1 + max(int(groups.max()) for groups in groupings.values())
+    wanted = _check_size(chosen, lags, largest * len(parsed))
+    # References that cannot be had are told before the long work: they are bound, and closed again.
+    for reference in parsed:
+        reference.bind(run).close()
+    grams = {
+        stream.name: compute_gram(
+            path,
+            stream.name,
+            finest,
+            lags=wanted,
+            scheduler=scheduler,
+            workers=workers,
+            progress=progress,
+        )
+        for stream in chosen
+    }
+    moments = measured_moments(
+        path,
+        list(grams),
+        parsed,
+        where=cache,
+        scheduler=scheduler,
+        workers=workers,
+        progress=progress,
+    )
+    run, tables = open_run(path), {}
+    for one in by:
+        coarser = _coarser(finest, groupings[name_of(one)])
+        regrouped = {name: regroup(gram, coarser) for name, gram in grams.items()}
+        tables[name_of(one)] = build_pairs(run, regrouped, moments, one, name=path)
+    return tables
+
+
+def _coarser(finest: Integers, groups: Integers) -> Integers:
+    """The group in which each of the finest groups lies; both are given by tensor ``[P]``."""
+    found = np.zeros(int(finest.max()) + 1, np.int64)
+    found[finest] = groups
+    return found
+
+
+def _choose_streams(run: Run, names: Sequence[str]) -> list[Stream]:
+    others = [name for name in run.stream_names if name != WEIGHTS and len(run.stream(name))]
+    chosen = [run.stream(name) for name in dict.fromkeys(names or others or [WEIGHTS])]
+    if not any(len(stream) > 1 for stream in chosen):
+        listed = ", ".join(repr(stream.name) for stream in chosen)
+        raise InputError(
+            f"there are no two rows to compare in {listed}",
+            where=run.path,
+            fix="choose another --stream, or wait until more is recorded",
+        )
+    return chosen
+
+
+def _check_size(
+    streams: Sequence[Stream], lags: Sequence[int] | str | None, columns: int
+) -> list[int] | None:
+    """Return the lags to measure, `None` for all pairs; `columns` are groups times references."""
+    largest = max(streams, key=len)
+    rows, path = len(largest), largest.run.path
+    suggestion = ",".join(map(str, _common_lags(largest.steps)))
+    if lags is None and rows > MOST_ROWS_BY_DEFAULT:
+        raise UsageError(
+            f"{rows:,} rows of {largest.name!r} make {rows * (rows - 1) // 2:,} pairs",
+            where=path,
+            fix=f"choose some with --lags {suggestion} (updates apart), or take --lags all",
+        )
+    wanted = None if lags is None or isinstance(lags, str) else sorted(set(lags))
+    counts = {stream.name: len(choose_pairs(stream.steps, wanted)) for stream in streams}
+    if not any(counts.values()):
+        raise InputError(
+            f"no two rows of {', '.join(map(repr, counts))} are {_listed(wanted)} updates apart",
+            where=path,
+            fix=f"{suggestion} updates apart are some",
+        )
+    total = sum(counts[s.name] * (s.batches or 1) for s in streams) * columns
+    if total > _MOST_TABLE_ROWS:
+        raise UsageError(
+            f"the table would have {total:,} rows, more than {_MOST_TABLE_ROWS:,}",
+            where=path,
+            fix=f"choose fewer with --lags {suggestion}, --stream, or --by model",
+        )
+    return wanted
+
+
+def _listed(lags: Sequence[int] | None) -> str:
+    return " or ".join(map(str, lags or []))
+
+
+def _common_lags(steps: Integers) -> list[int]:
+    """Lags in doubling distance that many pairs of rows have; at most `_SUGGESTED`."""
+    lags = np.concatenate([steps[k:] - steps[:-k] for k in (1, 2, 4, 8, 16, 32)])
+    values, counts = np.unique(lags, return_counts=True)
+    often = np.sort(values[np.argsort(-counts, kind="stable")[:_SUGGESTED]])
+    return [int(lag) for lag in often]

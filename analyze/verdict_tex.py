@@ -1,0 +1,134 @@
+r"""The verdict as LaTeX: a table for each run and reference, to be \input into a paper."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pyarrow as pa
+
+import capture
+from analyze.latex import code, escape, math, number
+from analyze.verdict import END_SHARE, Band, Part, Verdict, counted, summarise
+from capture.store.errors import InputError
+
+_HEAD = ("stream", "part", "$n$", "γ", "γ⁰", "γ/γ⁰", "η*/a_t", "γ < 0")
+
+
+def verdict_tex(table: pa.Table) -> str:
+    r"""Write the numbers of the verdict as LaTeX, one `table*` for each run and reference.
+
+    Needs the package booktabs. `InputError` where no
+    gradient or update was measured of the whole model.
+    """
+    found = [each for each in summarise(table) if each.streams]
+    if not found:
+        raise InputError(
+            "the table has no gradients or updates of the whole model",
+            fix="make it again with --by model",
+        )
+    head = f"% Made by straightway {capture.__version__}. Needs \\usepackage{{booktabs}}."
+    return "\n".join([head, *(_table(each, place) for place, each in enumerate(found, 1))])
+
+
+def _table(found: Verdict, place: int) -> str:
+    lines = [
+        r"\begin{table*}",
+        r"  \centering",
+        r"  \footnotesize",
+        r"  \setlength{\tabcolsep}{3pt}",
+        rf"  \caption{{{' '.join(_caption(found))}}}",
+        rf"  \label{{{_label(found, place)}}}",
+        r"  \smallskip",
+        r"  \begin{tabular}{llrlllll}",
+        r"    \toprule",
+        f"    {_row(tuple(_head(title) for title in _HEAD))}",
+        *_body(found),
+        r"    \bottomrule",
+        r"  \end{tabular}",
+        r"\end{table*}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _label(found: Verdict, place: int) -> str:
+    run = str(found.entry["run"]).rpartition("/")[2]
+    name = re.sub("[^0-9A-Za-z]+", "-", f"{run.removesuffix('.zarr')}-{found.reference}").strip("-")
+    return f"tab:{name}" if place == 1 else f"tab:{name}-{place}"
+
+
+def _head(title: str) -> str:
+    return title if title.isascii() and "_" not in title else f"${math(title)}$"
+
+
+def _body(found: Verdict) -> Iterator[str]:
+    for stream in found.streams:
+        yield r"    \midrule"
+        named = code(stream)
+        for part in found.parts:
+            if part.stream == stream:
+                yield f"    {_row((named, *_cells(part)))}"
+                named = ""  # once for all parts
+
+
+def _cells(part: Part) -> tuple[str, ...]:
+    bands = [_band(part.cosine), _value(part.null), _band(part.ratio), _band(part.rate_ratio)]
+    negative = rf"{_value(100 * part.negative)}\,\%" if part.n else "--"
+    return (part.name, str(part.n), *bands, negative)
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    return rf"{' & '.join(cells)} \\"
+
+
+def _value(value: float) -> str:
+    text = number(value)
+    return text if text == "--" else f"${text}$"
+
+
+def _band(band: Band) -> str:
+    middle = _value(band.median)
+    spread = rf"{{\scriptsize$[{number(band.low)}, {number(band.high)}]$}}"
+    return middle if middle == "--" else f"{middle} {spread}"
+
+
+def _caption(found: Verdict) -> Iterator[str]:
+    run, D = code(str(found.entry["run"])), f"{found.entry['num_parameters']:,}"
+    unfinished = "" if found.entry["final_step"] is not None else " so far, the run is not finished"
+    yield (
+        rf"Run {run}: {escape('cosine γ between sampled gradient and')} $e_t = w_t - w^*$, with "
+        f"$w^*$ = {_reference(found.reference)}, $T = {found.final}$ updates{unfinished}, "
+        f"$D = {D.replace(',', '{,}')}$ parameters."
+    )
+    yield (
+        r"Medians over $n$ rows, in brackets their 10\,\% and 90\,\% quantiles (no confidence "
+        r"interval). Early, middle and late are thirds of the updates before the end."
+    )
+    if found.left_out is not None:
+        first, last, rows = found.left_out
+        yield (
+            rf"Left out: the last {100 * END_SHARE:g}\,\% before $w^*$, $t = {first}$ to ${last}$ "
+            rf"({counted(rows)}), where $\gamma$ tends to $\gamma^0$ anyway."
+        )
+    yield from _notes(found)
+
+
+def _reference(reference: str) -> str:
+    return r"the last iterate $w_T$" if reference == "final" else code(reference)
+
+
+def _notes(found: Verdict) -> Iterator[str]:
+    if found.null is not None:
+        yield rf"$\gamma^0$ and $a_t$: {escape(found.null)}."
+    if set(found.streams) - {"minibatch", "updates"}:
+        yield "Only minibatch gradients made the path: other streams have no null."
+    if "updates" in found.streams:
+        yield r"For updates, $-\cos(u_t, e_t)$ stands in the place of $\gamma$."
+    if any(part.name == "after" for part in found.parts):
+        yield "Rows named after lie behind $w^*$."
+    if found.undefined:
+        why = "where a norm is 0 or a number is not finite"
+        yield f"{counted(found.undefined)} without a cosine left out, {why}.".capitalize()
+    if found.nonfinite:
+        yield f"Coordinates that are NaN or infinite: {found.nonfinite}."

@@ -1,0 +1,79 @@
+"""What checkpoints that are read one after the other have in common, and should not have."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+from crc32c import crc32c
+from numpy.typing import NDArray
+
+from capture.checkpoints.find import Checkpoint
+from capture.checkpoints.numbering import Numbered
+from capture.checkpoints.rows import row_digest, tensor_checksums
+from capture.store import MismatchError, Staging, TensorTable
+
+logger = logging.getLogger("capture")
+
+
+class Watch:
+    """Notices rows that are equal, tensors that never move, and frozen ones that do.
+
+    `duplicates` maps a step to the first one with the same weights and buffers.
+    """
+
+    def __init__(self, table: TensorTable) -> None:
+        self.duplicates: dict[int, int] = {}
+        self._table = table
+        self._rows: dict[str, Numbered] = {}
+        self._began: list[int] = []
+        self._moved = np.zeros(len(table.parameters), bool)
+        self._frozen: tuple[Checkpoint, dict[str, int]] | None = None
+
+    def see(self, row: Numbered, staging: Staging) -> str:
+        """Take in one row, and return its digest; a copy of an earlier one is told at once."""
+        digest = row_digest(staging)
+        first = self._rows.setdefault(digest, row)
+        if first is not row:
+            self.duplicates[row.step] = first.step
+            logger.warning(
+                "step %d (%s) has the weights of step %d (%s): a copy, mislabelled, or a training "
+                "that did not move",
+                row.step,
+                row.checkpoint.where,
+                first.step,
+                first.checkpoint.where,
+            )
+        now = tensor_checksums(staging, self._table)
+        self._began = self._began or now
+        self._moved |= np.array(self._began) != np.array(now)
+        return digest
+
+    def see_frozen(self, checkpoint: Checkpoint, frozen: Mapping[str, NDArray[np.uint8]]) -> None:
+        """Take in the frozen tensors of one; `MismatchError` where they are not what they were."""
+        now = {name: crc32c(raw.tobytes()) for name, raw in frozen.items()}
+        self._frozen = self._frozen or (checkpoint, now)
+        first, began = self._frozen
+        for name, checksum in now.items():
+            if checksum != began[name]:
+                raise MismatchError(
+                    f"{name!r} is frozen and has other values than in {first.where}",
+                    where=checkpoint.where,
+                    fix="let it be trainable or a buffer: see --trainable and --buffers",
+                )
+
+    def tell_constant(self) -> None:
+        """Warn of trainable tensors that are the same in all rows, unless all of them are."""
+        if not self._moved.any() or self._moved.all():
+            return
+        still = [
+            name for name, moved in zip(self._table.names, self._moved, strict=True) if not moved
+        ]
+        logger.warning(
+            "%d of %d tensors are the same in every checkpoint, the first is %r; if they were not "
+            "trained, say so by --trainable or --buffers",
+            len(still),
+            len(self._moved),
+            still[0],
+        )
