@@ -279,11 +279,12 @@ def test_workers_need_no_torch(run: Path, tmp_path: Path) -> None:
 INTERRUPTED = """
 import contextlib, os, sys
 from analyze import cli
+from analyze.commands import measure
 signum = int(sys.argv.pop(1))
 @contextlib.contextmanager
 def progress(run):
     yield lambda done, total: done == 2 and os.kill(os.getpid(), signum)
-cli._progress = progress
+measure.progress_of = progress
 cli.main()
 """
 

@@ -191,7 +191,7 @@ def test_a_recorded_run_is_readable_on_a_phone(recorded: Path, browse: Browse) -
     assert data(document, "drawn") == "11"
     assert data(document, "wide") == "false"
     assert int(data(document, "width")) <= 500  # some builds of Chromium make no narrower window
-    assert data(document, "seen").split(";")[:5] == ["part", "n", "γ", "γ⁰", "γ/γ⁰"]
+    assert data(document, "seen").split(";")[:5] == ["part", "n (eff.)", "γ", "γ⁰", "γ/γ⁰"]
     for words in ("<dd>SGD, momentum 0.9</dd>", "<dd>0.05</dd>", "<dd>178</dd>"):
         assert words in document, words
     # The value under the pointer is the one in the table, at the eighth saved step.

@@ -265,7 +265,14 @@ def test_facts_fill_the_gaps_of_a_configuration() -> None:
 def test_the_verdict_on_the_page_has_every_word_of_its_text() -> None:
     text = verdict(simulate(streams=("minibatch", "updates")))
     blocks = read_verdict(text)
-    assert [value for value, _ in blocks[0].head] == ["part", "n", "γ", "γ⁰", "γ/γ⁰", "γ < 0"]
+    assert [value for value, _ in blocks[0].head] == [
+        "part",
+        "n (eff.)",
+        "γ",
+        "γ⁰",
+        "γ/γ⁰",
+        "γ < 0",
+    ]
     assert list(blocks[0].streams) == ["minibatch", "updates"]
     words: list[str] = []
     for block in blocks:
