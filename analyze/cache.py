@@ -3,11 +3,12 @@
     NAME.moments/STREAM-KEY.safetensors      one file per stream of the run NAME.zarr and reference
 
 A file holds `moments` float64 ``[T, P, 7]`` or ``[T, B, P, 7]`` and `nonfinite` int64 without the
-last axis, as in `analyze.moment_table.StreamMoments`. KEY is a digest of what the sums were made
-of: the tensor table, the commit logs of the stream and of the weights, which hold a checksum of
-every chunk, and w* itself. What belongs to other contents has another key and is not found; a file
-that is damaged, or is not what its name says, is summed again. Only streams are kept to which no
-row will be added.
+last axis, as in `analyze.moment_table.StreamMoments`; what was summed in Adam's metric lies in
+``adam.STREAM-KEY.safetensors``, see `analyze.adam.Entry`. KEY is a digest of what the sums were
+made of: the tensor table, the commit logs of the stream and of the weights, which hold a checksum
+of every chunk, w* itself, and the optimizer's states where they matter. What belongs to other
+contents has another key and is not found; a file that is damaged, or is not what its name says, is
+summed again. Only streams are kept to which no row will be added.
 """
 
 from __future__ import annotations
@@ -50,8 +51,7 @@ logger = logging.getLogger("analyze")
 VERSION = 1
 SUFFIX = ".moments"
 
-_KINDS = {"moments": "<f8", "nonfinite": "<i8"}
-_DTYPES = {"moments": "F64", "nonfinite": "I64"}
+_DTYPES = {"F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
 
 Where = bool | str | os.PathLike[str]
 
@@ -75,33 +75,53 @@ class MomentsCache:
         table = json.dumps(run.table.to_json(), sort_keys=True)
         self._common = [str(VERSION), table, _log_digest(run, run.stream(WEIGHTS))]
 
-    def content(self, stream: str) -> str:
-        """Digest of all that moments of a stream are made of, but for w*."""
+    def content(self, stream: str, *others: str) -> str:
+        """Digest of all that sums of a stream are made of, `others` included, but for w*."""
         own = _log_digest(self._run, self._run.stream(stream))
-        return sha256("\n".join([*self._common, stream, own]).encode()).hexdigest()
+        return sha256("\n".join([*self._common, stream, own, *others]).encode()).hexdigest()
 
     def load(self, stream: str, reference: str) -> Entry | None:
         """Find what was kept of `stream` against the w* with this identity."""
-        content = self.content(stream)
-        file = self._file(stream, content, reference)
-        try:
-            arrays = _decode(file.read_bytes(), self._facts(stream, content, reference))
-            return Entry(self._run.stream(stream).steps, **self._checked(stream, arrays))
-        except (OSError, StraightwayError):
-            return None
+        found = self._run.stream(stream)
+        batches = () if found.batches is None else (found.batches,)
+        shape = (len(found.steps), *batches, len(self._run.table.parameters))
+        shapes = {"moments": (*shape, len(MOMENTS)), "nonfinite": shape}
+        arrays = self.load_arrays(stream, self.content(stream), reference, shapes)
+        return None if arrays is None else Entry(found.steps, **arrays)
 
     def save(self, stream: str, reference: str, entry: Entry) -> None:
         """Keep an entry, and forget what was kept of the stream when its contents were others."""
+        arrays: dict[str, NDArray[Any]] = {"moments": entry.moments, "nonfinite": entry.nonfinite}
+        self.save_arrays(stream, self.content(stream), reference, arrays)
+
+    def load_arrays(
+        self, label: str, content: str, reference: str, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, NDArray[Any]] | None:
+        """Find the arrays that were kept under this label; `None` unless their shapes are these.
+
+        A label is the name of a stream, or that after a word and a dot; `content` is what `content`
+        gives, `reference` the identity of w*.
+        """
+        file = self._file(label, content, reference)
+        try:
+            arrays = _decode(file.read_bytes(), self._facts(label, content, reference))
+        except (OSError, StraightwayError):
+            return None
+        return arrays if {name: a.shape for name, a in arrays.items()} == shapes else None
+
+    def save_arrays(
+        self, label: str, content: str, reference: str, arrays: Mapping[str, NDArray[Any]]
+    ) -> None:
+        """Keep float64 and int64 arrays, and forget those of the label with other contents."""
         if self._refused:
             return
-        content = self.content(stream)
-        file = self._file(stream, content, reference)
+        file = self._file(label, content, reference)
         try:
             if isinstance(self.folder, Path):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            data = _encode(entry, self._facts(stream, content, reference))
+            data = _encode(arrays, self._facts(label, content, reference))
             write_durably(file, data, self.folder)
-            for stale in self._stale(stream, content):
+            for stale in self._stale(label, content):
                 remove(stale)
         except (OSError, StraightwayError) as error:
             self._refused = True
@@ -111,14 +131,6 @@ class MomentsCache:
                 reason,
                 self.folder,
             )
-
-    def _checked(self, stream: str, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        found = self._run.stream(stream)
-        batches = () if found.batches is None else (found.batches,)
-        shape = (len(found.steps), *batches, len(self._run.table.parameters))
-        if arrays["nonfinite"].shape != shape or arrays["moments"].shape != (*shape, len(MOMENTS)):
-            raise DamagedError("moments of another shape")
-        return arrays
 
     def _file(self, stream: str, content: str, reference: str) -> Place:
         key = sha256(f"{content}\n{reference}".encode()).hexdigest()
@@ -258,10 +270,10 @@ def _log_digest(run: Run, stream: Stream) -> str:
     return sha256(data).hexdigest()
 
 
-def _encode(entry: Entry, facts: dict[str, str]) -> bytes:
-    arrays: dict[str, NDArray[Any]] = {"moments": entry.moments, "nonfinite": entry.nonfinite}
+def _encode(arrays: Mapping[str, NDArray[Any]], facts: dict[str, str]) -> bytes:
+    names = {dtype: name for name, dtype in _DTYPES.items()}
     parts = [
-        (Tensor(name, array.shape, _DTYPES[name]), np.ascontiguousarray(array).tobytes())
+        (Tensor(name, array.shape, names[array.dtype]), np.ascontiguousarray(array).tobytes())
         for name, array in arrays.items()
     ]
     checksum = crc32c(b"".join(data for _, data in parts))
@@ -277,7 +289,7 @@ def _decode(data: bytes, facts: dict[str, str]) -> dict[str, NDArray[Any]]:
     if metadata != {**facts, "crc32c": f"{crc32c(body):08x}"}:
         raise DamagedError("other moments, or damaged ones")
     return {
-        name: np.frombuffer(data[entry.start : entry.stop], _KINDS[name]).reshape(
+        name: np.frombuffer(data[entry.start : entry.stop], _DTYPES[entry.tensor.dtype]).reshape(
             entry.tensor.shape
         )
         for name, entry in entries.items()

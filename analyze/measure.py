@@ -6,16 +6,24 @@ Axes: N rows of one stream (steps × batches), P tensors, K groups of tensors, R
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from analyze.adam import AdamMoments
 from analyze.moment_table import MOMENTS
 from analyze.optimizer import group_scalar, own_path, read_optimizer
-from analyze.quantities import Values, evaluate
+from analyze.quantities import Sums, Values, evaluate
 from analyze.references import end_of_path
-from analyze.sums import gradient_sums, position_sums, sum_groups, unclipping, update_sums
+from analyze.sums import (
+    adam_sums,
+    gradient_sums,
+    position_sums,
+    sum_groups,
+    unclipping,
+    update_sums,
+)
 from capture.store.layout import ITERATES
 from capture.store.reader import Run
 
@@ -35,11 +43,13 @@ class Measure:
     """The arithmetic of one run, on moments that were summed before.
 
     `decay_note` says what became of weight decay, `nulls` what the null of each reference rests
-    on or why there is none, `undefined` counts the NaN in each quantity where it applies.
+    on or why there is none, `undefined` counts the NaN in each quantity where it applies. `adam`
+    are the sums in Adam's metric, for the same references in the same order.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, adam: AdamMoments | None = None) -> None:
         self.run = run
+        self._adam = adam
         self.nulls: dict[str, str] = {}
         self.undefined: Counter[str] = Counter()
         self._optimizer = read_optimizer(run)
@@ -71,10 +81,10 @@ class Measure:
             grouped |= self._path_sums(reference, steps, groups, count)
             if count == 1:
                 grouped |= self._gap_sums(stream, reference, steps)
-            parts.append(evaluate(grouped))
+            found = evaluate(grouped)
+            self._count_undefined(found)
+            parts.append(found | self._in_metric(stream, steps, sums, index, groups))
         names = list(dict.fromkeys(name for part in parts for name in part))
-        for part in parts:
-            self.undefined.update({n: int(np.isnan(values).sum()) for n, values in part.items()})
         nothing = np.full((len(steps), count), np.nan)
         return {
             name: np.stack([part.get(name, nothing) for part in parts], axis=-1) for name in names
@@ -99,15 +109,52 @@ class Measure:
         inside = steps < len(values)
         return np.where(inside, np.append(values, np.nan)[np.where(inside, steps, -1)], np.nan)
 
+    def _count_undefined(self, found: Mapping[str, Values]) -> None:
+        self.undefined.update({n: int(np.isnan(values).sum()) for n, values in found.items()})
+
+    def _in_metric(
+        self, stream: str, steps: Integers, sums: Sums, reference: int, groups: Integers
+    ) -> dict[str, Values]:
+        """Quantities in Adam's metric ``[N, K]``, NaN at steps without one; empty without any."""
+        metric = None if self._adam is None else self._adam.streams.get(stream)
+        if metric is None:
+            return {}
+        rows = np.flatnonzero(np.isin(steps, metric.steps))
+        entry, place = metric.entries[reference], np.searchsorted(metric.steps, steps[rows])
+        batches = self.run.stream(stream).batches or 1
+        grad = entry.grad.reshape(len(metric.steps), batches, -1)[place, rows % batches]
+        scale = self._scale(stream, steps[rows])[:, None]
+        count = int(groups.max()) + 1
+        found = evaluate(
+            adam_sums(
+                sums["ge"][rows],
+                entry.dist[place],
+                grad * scale**2,
+                entry.known[place] != 0,
+                groups,
+                count,
+            )
+        )
+        self._count_undefined(found)
+        quantities = {name: np.full((len(steps), count), np.nan) for name in found}
+        for name, values in found.items():
+            quantities[name][rows] = values
+        return quantities
+
     def _sums(self, stream: str, steps: Integers, moments: dict[str, Values]) -> dict[str, Values]:
         if stream in ITERATES:
             return position_sums(moments)
         if stream == "updates":
             return update_sums(moments)
+        scale = self._scale(stream, steps)
+        return gradient_sums(moments, self._decay_at(steps), scale[:, None])
+
+    def _scale(self, stream: str, steps: Integers) -> Values:
+        """What takes the stored gradients of a stream to g, ``[N]``."""
         scale = np.full(len(steps), self._sign)
         if stream == "minibatch":
             scale *= unclipping(self.scalar("clip_factor", steps))
-        return gradient_sums(moments, self._decay_at(steps), scale[:, None])
+        return scale
 
     def _null_sums(self, reference: str, steps: Integers) -> dict[str, Values]:
         """The null in units of the unclipped gradient, by tensor ``[N, P]``; empty without one."""

@@ -21,6 +21,7 @@ _OPTIONAL: Mapping[str, type] = {
     "parent": dict,
     "git_commit": str,
     "weight_decay": str,
+    "adam_metric": str,
 }
 
 

@@ -6,6 +6,7 @@ Notation, with everything summed over the coordinates of one group of tensors:
     g  the gradient at w_t of the mean loss that the optimizer minimises, unscaled, and unclipped
        where the clip factor is known; the store keeps what entered the step
     h = g + λ w                  u = w_{t+1} - w_t, the update that was taken
+    M = diag(√v̂ + ε) of Adam, see `analyze.second_moments`: ‖e‖²_M = Σ Mᵢ eᵢ², ‖g‖²_{M⁻¹} = Σ gᵢ²/Mᵢ
     ‖·‖₀, ⟨·,·⟩₀                 what orthogonal gradients alone would give (`analyze.controls`)
 
 A ratio whose denominator is 0 is NaN, never 0. Formulas: Guille-Escuret, Naganuma, Fatras and
@@ -40,6 +41,9 @@ SUMS = {
     "gw": "⟨g, w⟩",
     "path": "Σ ‖u_s‖ over the updates between w and w*",
     "gap": "f(w) - f(w*), of the batch whose gradient g is",
+    "adam_ee": "‖e‖²_M, of the tensors with second moments",
+    "adam_gg": "‖g‖²_{M⁻¹}, of the tensors with second moments",
+    "adam_ge": "⟨g, e⟩, of the tensors with second moments",
     "null_gg": "‖g‖², from the every-step scalars",
     "null_ee": "‖e‖²₀",
     "null_ge": "⟨g, e⟩₀",
@@ -272,6 +276,41 @@ _LOSSES = [
     ),
 ]
 
+_SECOND_MOMENTS = "; M = diag(√v̂ + ε) of Adam before step t, where a state was kept"
+
+# Of the step along -M⁻¹ g, as the plain ones are of that along -g.
+_ADAM = [
+    Quantity(
+        "norm_dist_adam",
+        f"‖e‖_M = √(Σᵢ Mᵢ eᵢ²){_SECOND_MOMENTS}",
+        "√(loss·weight)",
+        ("adam_ee",),
+        lambda s: norm(s["adam_ee"]),
+    ),
+    Quantity(
+        "norm_grad_adam",
+        f"‖g‖_{{M⁻¹}} = √(Σᵢ gᵢ²/Mᵢ){_SECOND_MOMENTS}",
+        "√(loss/weight)",
+        ("adam_gg",),
+        lambda s: norm(s["adam_gg"]),
+    ),
+    Quantity(
+        "cosine_adam",
+        f"⟨g, e⟩ / (‖g‖_{{M⁻¹}} ‖e‖_M), the cosine in Adam's metric{_SECOND_MOMENTS}",
+        "1",
+        ("adam_ge", "adam_gg", "adam_ee"),
+        lambda s: ratio(s["adam_ge"], norm(s["adam_gg"]), norm(s["adam_ee"])),
+    ),
+    Quantity(
+        "lolr_adam",
+        "⟨g, e⟩ / ‖g‖²_{M⁻¹}, the learning rate of the step along -M⁻¹ g that lands closest to w* "
+        f"in the norm ‖·‖_M{_SECOND_MOMENTS}",
+        "weight",
+        ("adam_ge", "adam_gg"),
+        lambda s: ratio(s["adam_ge"], s["adam_gg"]),
+    ),
+]
+
 # In the order of the table's columns.
 QUANTITIES: tuple[Quantity, ...] = (
     Quantity("norm_dist", "‖e‖", "weight", ("ee",), lambda s: norm(s["ee"])),
@@ -282,6 +321,7 @@ QUANTITIES: tuple[Quantity, ...] = (
     _SHARE,
     *_POSITION,
     *_LOSSES,
+    *_ADAM,
 )
 
 

@@ -60,6 +60,20 @@ def sum_groups(sums: Sums, groups: NDArray[Any], count: int) -> dict[str, Values
     return {name: _add(value, groups, count) for name, value in sums.items()}
 
 
+def adam_sums(
+    dot: Values, dist: Values, grad: Values, known: NDArray[Any], groups: NDArray[Any], count: int
+) -> dict[str, Values]:
+    """Name the sums in Adam's metric and add them by group, ``[..., P]`` to ``[..., count]``.
+
+    Tensors that are not `known` have no second moments and are left out, of ⟨g, e⟩ too; a group of
+    none but these is NaN.
+    """
+    named = {"adam_ge": np.where(known, dot, 0.0), "adam_ee": dist, "adam_gg": grad}
+    added = sum_groups({**named, "known": known.astype(np.float64)}, groups, count)
+    measured = added.pop("known") > 0
+    return {name: np.where(measured, value, np.nan) for name, value in added.items()}
+
+
 def _add(values: Values, groups: NDArray[Any], count: int) -> Values:
     out = np.zeros((*values.shape[:-1], count))
     with np.errstate(all="ignore"):

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 import capture
+from analyze.adam import AdamMoments, adam_moments
 from analyze.cache import Where, measured_moments
 from analyze.groups import Grouping, group_tensors, name_of
 from analyze.measure import Measure
@@ -85,15 +86,21 @@ def schema() -> pa.Schema:
 
 
 def build(
-    run: Run, moments: Moments, by: Grouping = "model", *, name: str | None = None
+    run: Run,
+    moments: Moments,
+    by: Grouping = "model",
+    *,
+    adam: AdamMoments | None = None,
+    name: str | None = None,
 ) -> pa.Table:
     """Make the table of one run from its moments; `by` as in `analyze.groups`.
 
+    `adam` are the sums in Adam's metric against the same references, where they were asked for;
     `name` is what the column `run` says, by default the path of the run.
     """
     name = printable(str(run.path) if name is None else name)
     references = [printable(text) for text in moments.references]
-    measure = Measure(run)
+    measure = Measure(run, adam)
     labels, groups = group_tensors(run.table, by)
     blocks = [
         _block(measure, stream, references, labels, groups, name)
@@ -105,12 +112,15 @@ def build(
     ]
     entry = {key: run.attributes.get(key) for key in _FACTS}
     own = {"run": name, "status": run.status, "num_parameters": run.table.num_parameters}
+    notes = {"weight_decay": measure.decay_note}
+    if adam is not None:
+        notes["adam_metric"] = adam.note
     metadata = {
         "table": TABLE_VERSION,
         "version": capture.__version__,
         "by": name_of(by),
         "sign": SIGN,
-        "runs": [{**own, **entry, "weight_decay": measure.decay_note}],
+        "runs": [{**own, **entry, **notes}],
         "null": {f"{name}|{reference}": text for reference, text in measure.nulls.items()},
         "nan": dict(measure.undefined),
     }
@@ -148,9 +158,20 @@ def measure_run(
         workers=workers,
         progress=progress,
     )
+    adam = adam_moments(
+        path,
+        chosen,
+        parsed,
+        where=cache,
+        scheduler=scheduler,
+        workers=workers,
+        progress=progress,
+    )
     # Opened again: a run that is still recording has written more by now.
     run = open_run(path)
-    return {name_of(grouping): build(run, moments, grouping, name=path) for grouping in by}
+    return {
+        name_of(grouping): build(run, moments, grouping, adam=adam, name=path) for grouping in by
+    }
 
 
 def choose_streams(run: Run, streams: Sequence[str] = ()) -> list[str]:

@@ -14,6 +14,7 @@ from capture.store.errors import UsageError
 TAKEN_ATTRIBUTES = OWN_ATTRIBUTES | {
     *("optimizer", "schedules", "total_steps", "initial_norm_by_tensor", "frozen_digests"),
     *("optimizer_had_state", "gradient_missing", "frozen_changed", "not_stored", "probes"),
+    "optimizer_parameters",
 }
 TABLES = ("config", "versions", "seeds")
 

@@ -94,7 +94,11 @@ def training_options(function: Decorated) -> Decorated:
                 "@SCHEDULE if wanted. Default: minibatch.",
             ),
             ("--checkpoint-every", int, "Save a resume state every K steps. Default: per epoch."),
-            ("--keep-state", str, "Keep resume states for branches: every:N, or as --every."),
+            (
+                "--keep-state",
+                str,
+                "Keep resume states, for branches and for Adam's metric: every:N, or as --every.",
+            ),
         ),
     ]
     for decorate in reversed(decorators):

@@ -47,6 +47,8 @@ class RunPlan:
             "schedules": {name: schedule.text for name, schedule in self.schedules.items()},
             "total_steps": self.total_steps if by_length else None,
             "probes": {name: source.describe() for name, source in self.sources.items()},
+            # The optimizer's state knows its parameters by their place in this order alone.
+            "optimizer_parameters": parameter_order(self.seen),
         }
 
     def entries(self) -> dict[str, Any]:
@@ -153,6 +155,16 @@ def frozen_digests(seen: Description) -> dict[str, str]:
     return {name: f"{crc32c(data.tobytes()):08x}" for name, data in seen.frozen_bytes().items()}
 
 
+def parameter_order(seen: Description) -> list[list[str]]:
+    """Name the parameters of each group of the optimizer, in its own order, frozen ones too.
+
+    Entry i of the optimizer's ``state_dict`` is that of the i-th of them, groups one after another.
+    """
+    names = {id(parameter): name for name, parameter in seen.model.named_parameters()}
+    groups = seen.optimizer.param_groups
+    return [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+
+
 def versions() -> dict[str, str]:
     """Versions of what the numbers of a training depend on."""
     return {
@@ -164,11 +176,25 @@ def versions() -> dict[str, str]:
 
 
 def _check_same(plan: RunPlan, attributes: Mapping[str, Any]) -> None:
+    # What earlier versions did not keep is taken to be the same.
+    earlier = {"probes": {}, "optimizer_parameters": plan.identity["optimizer_parameters"]}
     for name, ours in plan.identity.items():
-        theirs = attributes.get(name, {} if name == "probes" else None)
+        theirs = attributes.get(name, earlier.get(name))
         if theirs != ours:
+            what = f"the run has {name} {theirs}, this recorder {ours}"
+            if name == "optimizer_parameters":
+                what = f"the run's optimizer has other parameters, {_first_other(theirs, ours)}"
             raise MismatchError(
-                f"the run has {name} {theirs}, this recorder {ours}",
+                what,
                 where=plan.path,
                 fix="resume with the same settings, or record into another path",
             )
+
+
+def _first_other(theirs: Any, ours: list[list[str]]) -> str:
+    """Say where two orders of parameters first differ."""
+    for number, (their_group, our_group) in enumerate(zip(theirs, ours, strict=False)):
+        for their_name, our_name in zip(their_group, our_group, strict=False):
+            if their_name != our_name:
+                return f"group {number} has {their_name!r} where this one has {our_name!r}"
+    return "more or fewer of them"

@@ -76,8 +76,8 @@ class Recorder:
         attributes: Entries for the run's attributes (config, seeds, …); JSON values, under names
             that the run does not use itself.
         checkpoint_every: Save a resume state after every so many updates.
-        keep_state: After which updates a resume state is kept for good, for branches, and the
-            weights are saved; as `every`.
+        keep_state: After which updates a resume state is kept for good, for branches and for the
+            quantities in Adam's metric, and the weights are saved; as `every`.
         state: Objects with ``state_dict()`` and ``load_state_dict()`` that a resumed loop needs as
             they were, as in ``{"scheduler": scheduler, "scaler": scaler}``: saved in every resume
             state, and loaded by `resume`. Step schedulers after the optimizer, as torch asks: an

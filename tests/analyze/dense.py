@@ -15,6 +15,7 @@ COLUMNS = [
     *("norm_weight", "cosine_reference", "dist_radial", "dist_tangential"),
     *("cosine_radial", "cosine_tangential", "path_length", "straightness"),
     *("loss_gap", "star_convexity", "aiming"),
+    *("norm_dist_adam", "norm_grad_adam", "cosine_adam", "lolr_adam"),
     *("loss", "lr", "clip_factor", "nonfinite"),
 ]
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from analyze.moments import MOMENTS
 from analyze.quantities import QUANTITIES, SUMS, evaluate
-from analyze.sums import gradient_sums, sum_groups, unclipping, update_sums
+from analyze.sums import adam_sums, gradient_sums, sum_groups, unclipping, update_sums
 
 Values = NDArray[np.float64]
 
@@ -78,6 +78,29 @@ def test_the_null_worked_out_by_hand() -> None:
     assert found.keys() == {"cosine_null", "lolr_null"}
 
 
+def test_adams_metric_worked_out_by_hand() -> None:
+    """M = diag(2, 8): ‖e‖²_M = 200, ‖g‖²_{M⁻¹} = 4.5 + 2, ⟨g, e⟩ = 30."""
+    sums = {"adam_ee": np.array([200.0]), "adam_gg": np.array([6.5]), "adam_ge": np.array([30.0])}
+    found = evaluate(sums)
+    assert found["norm_dist_adam"] == pytest.approx(np.sqrt(200), rel=1e-15)
+    assert found["norm_grad_adam"] == pytest.approx(np.sqrt(6.5), rel=1e-15)
+    assert found["cosine_adam"] == pytest.approx(30 / np.sqrt(1300), rel=1e-15)
+    assert found["lolr_adam"] == pytest.approx(60 / 13, rel=1e-15)
+    assert len(found) == 4
+
+
+def test_tensors_without_second_moments_are_left_out_of_every_sum() -> None:
+    dot, dist, grad = np.array([[3.0, 4.0, 5.0]]), np.array([[2.0, 0, 0]]), np.array([[8.0, 0, 0]])
+    known = np.array([[True, False, False]])
+    found = adam_sums(dot, dist, grad, known, np.array([0, 0, 1]), 2)
+    assert found["adam_ge"][0, 0] == 3
+    assert (found["adam_ee"][0, 0], found["adam_gg"][0, 0]) == (2, 8)
+    assert all(np.isnan(values[0, 1]) for values in found.values())
+    # What is not finite where there are second moments stays so.
+    dist[0, 0] = np.nan
+    assert np.isnan(adam_sums(dot, dist, grad, known, np.zeros(3, np.int64), 1)["adam_ee"]).all()
+
+
 def test_an_update_has_no_gradient_quantities_and_a_gradient_none_of_updates() -> None:
     of_update = evaluate(update_sums(moments_of(G, W, E))).keys()
     of_gradient = gradient(G, W, E).keys()
@@ -85,6 +108,7 @@ def test_an_update_has_no_gradient_quantities_and_a_gradient_none_of_updates() -
     assert of_update & of_gradient == of_weights
     both = of_update | of_gradient | {"cosine_null", "lolr_null", "own_share"}
     both |= {"path_length", "straightness", "loss_gap", "star_convexity", "aiming"}
+    both |= {"norm_dist_adam", "norm_grad_adam", "cosine_adam", "lolr_adam"}
     assert both == {quantity.name for quantity in QUANTITIES}
 
 

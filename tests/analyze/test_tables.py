@@ -118,9 +118,9 @@ def test_streams_fill_the_columns_that_apply_to_them(tables: dict[str, pa.Table]
     of_weights |= {"path_length", "straightness"}
     of_null = {"cosine_null", "lolr_null", "own_share"}
     of_losses = {"loss_gap", "star_convexity", "aiming"}
-    measured = set(COLUMNS[8:-4])
+    measured = {name for name in COLUMNS[8:-4] if not name.endswith("_adam")}
     for row in tables["model"].to_pylist():
-        filled = {name for name in measured if not np.isnan(row[name])}
+        filled = {name for name in COLUMNS[8:-4] if not np.isnan(row[name])}
         if row["step"] in (2, 6):
             continue
         if row["stream"] == "updates":

@@ -11,6 +11,7 @@ import torch
 from torch import nn, optim
 
 from capture.describe import Description, describe, optimizer_facts, unwrap
+from capture.opening import parameter_order
 from capture.store import Tensor, UnsupportedModelError
 
 
@@ -258,3 +259,18 @@ def test_devices_other_than_cpu_and_cuda_are_refused_by_name() -> None:
             UnsupportedModelError, match=r"on the device xpu.*'weight'.*cpu or cuda"
         ):
             described(model)
+
+
+def test_the_order_of_parameters_is_that_of_the_optimizers_state() -> None:
+    model = Tied()
+    groups = [{"params": [model.scale, model.fixed]}, {"params": [model.encoder.weight]}]
+    optimizer = optim.Adam(groups)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    order = parameter_order(describe(nn.DataParallel(model), optimizer))
+    assert order == [["scale", "fixed"], ["encoder.weight"]]
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    state = optimizer.state_dict()["state"]
+    for index, name in enumerate(name for group in order for name in group):
+        assert state[index]["exp_avg_sq"].shape == shapes[name]

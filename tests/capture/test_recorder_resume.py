@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn, optim
 
 from capture import Recorder, open_run
 from capture.store import LockedError, MismatchError, UsageError
+from capture.store.attributes import attributes_checksum
 from capture.store.verify import verify_run
 
 TOTAL, EVERY = 13, 3
@@ -193,6 +195,46 @@ def test_another_model_optimizer_or_schedule_is_refused_with_the_difference(
     with pytest.raises(UsageError, match="a run is already recorded here"):
         Recorder(path, model, optimizer, **{**same, "resume": False})
     # None of the refusals kept the lock or changed the run.
+    assert run_loop(path, resume=True).complete
+
+
+def test_another_order_in_the_optimizer_is_refused(tmp_path: Path) -> None:
+    """Its state knows parameters by their place alone: momentum would go to other tensors."""
+    path = tmp_path / "run.zarr"
+    with pytest.raises(Stopped):
+        run_loop(path, stop_after=5)
+    model, _, _ = make()
+    turned = optim.SGD([*model.parameters()][::-1], lr=0.1, momentum=0.9)
+    words = "the run's optimizer has other parameters, group 0 has 'unused' where this one has"
+    with pytest.raises(MismatchError, match=words):
+        Recorder(
+            path,
+            model,
+            turned,
+            every=EVERY,
+            gradients="minibatch,updates@epoch",
+            resume=True,
+        )
+    assert run_loop(path, resume=True).complete
+
+
+def test_a_run_recorded_before_that_order_was_kept_goes_on(
+    tmp_path: Path, uninterrupted: Path
+) -> None:
+    path = tmp_path / "run.zarr"
+    with pytest.raises(Stopped):
+        run_loop(path, stop_after=5)
+    root = path / "zarr.json"
+    document = json.loads(root.read_text())
+    entries = document["attributes"]["straightway"]
+    names = [["unused", "0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"]]
+    assert entries.pop("optimizer_parameters") == names
+    entries["crc32c"] = attributes_checksum(entries)
+    root.write_text(json.dumps(document))
+    assert run_loop(path, resume=True).complete
+    run, whole = open_run(path), open_run(uninterrupted)
+    assert "optimizer_parameters" not in run.attributes
+    assert list(run.stream("weights").commits) == list(whole.stream("weights").commits)
     assert run_loop(path, resume=True).complete
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
@@ -97,6 +98,9 @@ def test_it_is_measured_as_a_local_run_is(tmp_path, local, remote):
     assert theirs.num_rows > 0
     for table, run in ((theirs, remote), (ours, local)):
         assert set(table.column("run").to_pylist()) == {str(run)}
+        # In Adam's metric where a state was kept, which the object store gives too.
+        of_model = table.filter(pc.is_finite(table["cosine_adam"]))
+        assert set(of_model["step"].to_pylist()) == {50, 100}
     drop = ["run", "reference"]
     # pandas takes NaN for equal to NaN
     near = ours.drop_columns(drop).to_pandas()

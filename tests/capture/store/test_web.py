@@ -8,8 +8,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from torch import optim
 
 from analyze.cli import main as analyze
+from analyze.tables import measure_run
 from capture.cli import main as capture
 from capture.store import (
     DamagedError,
@@ -24,6 +26,7 @@ from capture.store import (
 )
 from capture.store.objects import ObjectPath
 from capture.store.place import is_locked
+from tests.analyze.adam_runs import note_of, steps_with_metric, train
 from tests.analyze.small_runs import random_streams, write_run
 from tests.capture.conftest import Quiet, Ranges
 
@@ -73,6 +76,17 @@ def test_it_is_measured_as_from_a_disk(web, tmp_path):
         tables.append(table.drop_columns(["run"]).to_pandas())
     assert len(tables[0]) == 2
     assert tables[0].equals(tables[1])
+
+
+def test_states_that_were_kept_are_not_looked_for(web):
+    folder, address = web
+    train(folder / "run.zarr", optim.Adam)
+    (ours,) = measure_run(str(folder / "run.zarr"), cache=False).values()
+    (theirs,) = measure_run(f"{address}/run.zarr", cache=False).values()
+    assert steps_with_metric(ours) == [4, 8]
+    assert steps_with_metric(theirs) == []
+    assert "a web server does not tell which states were kept" in note_of(theirs)
+    np.testing.assert_array_equal(ours["cosine"], theirs["cosine"])
 
 
 def test_nothing_is_written(web, sample):
