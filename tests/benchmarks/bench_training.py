@@ -61,7 +61,8 @@ Seconds = dict[str, list[float]]
 def rows() -> Iterator[Row]:
     """Measure and give one JSON-ready row per result."""
     torch.manual_seed(0)
-    large, residual = mlp(SHAPE, CLASSES, hidden=4096, depth=3), resnet(SHAPE, CLASSES, depth=18)
+    large = mlp(SHAPE, CLASSES, hidden=4096, depth=3)
+    residual = resnet(SHAPE, CLASSES, depth=18, channels=64)
     yield overhead("mlp", large, MLP_PAIRS)
     yield overhead("resnet18", residual, RESNET_PAIRS)
     yield from snapshots()
