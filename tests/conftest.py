@@ -1,6 +1,8 @@
 """Fixtures and settings for the whole suite."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,21 @@ os.environ["MPLBACKEND"] = "Agg"
 settings.register_profile("here", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a machine with a GPU, `--device auto` means the CPU in every test but those of CUDA.
+
+    They compare bit for bit with loops of their own, which run on the CPU.
+    """
+    if "torch" not in sys.modules or request.path.stem == "test_cuda":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for programs that a test starts
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -254,7 +254,10 @@ def test_devices_other_than_cpu_and_cuda_are_refused_by_name() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        model = nn.ParameterDict({"weight": torch.empty(2, device="xpu")})
+        try:
+            model = nn.ParameterDict({"weight": torch.empty(2, device="xpu")})
+        except AssertionError:
+            pytest.skip("this build of torch makes no tensor of another device, not even a fake")
         with pytest.raises(
             UnsupportedModelError, match=r"on the device xpu.*'weight'.*cpu or cuda"
         ):

@@ -16,6 +16,8 @@ def exact(tensor: torch.Tensor) -> float:
     return float(np.sqrt((values**2).sum()))
 
 
+# Some versions of torch warn, once, of every sparse tensor that is made without being asked.
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize(
     ("dtype", "sums", "tolerance"),
     [
