@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,10 +12,9 @@ from analyze.comparison import Block, Comparison
 from analyze.curves import shorten
 from analyze.interpolation import UNKNOWN
 from analyze.quantities import SIGN
+from analyze.text_table import NONE, aligned, number, wrapped
 from analyze.verdict import END_SHARE
 
-_WIDTH = 100
-_NONE = "–"
 # More differences than these are for the table, not for the eye.
 _MOST_PAIRS = 6
 
@@ -90,9 +88,9 @@ def _bands(rows: Sequence[Row], columns: Columns, comparison: Comparison) -> lis
     found = [["part", *comparison.keys, "rows", "steps", "effective", "block", *bands]]
     for part, label, own in _lines(rows, "group"):
         first = own[names[0]]
-        block = _NONE if first["block"] is None else str(first["block"])
-        counts = [str(first["rows"]), str(first["steps"]), _short(first["effective_steps"]), block]
-        cells = [_between(own[name]["q10"], own[name]["q90"], "[]") or _NONE for name in names]
+        block = NONE if first["block"] is None else str(first["block"])
+        counts = [str(first["rows"]), str(first["steps"]), number(first["effective_steps"]), block]
+        cells = [_between(own[name]["q10"], own[name]["q90"], "[]") or NONE for name in names]
         found.append([part, *_values(label, comparison), *counts, *cells])
     return found
 
@@ -129,11 +127,11 @@ def _number(own: Mapping[str, Row], name: str, count: int) -> str:
     row = own[name]
     if not math.isfinite(row["value"]):
         null = own[_NULLS[name]]["value"] if name in _NULLS else math.inf
-        return "no null" if math.isnan(null) else "null is 0" if null == 0 else _NONE
+        return "no null" if math.isnan(null) else "null is 0" if null == 0 else NONE
     share = name == SHARE
     scale, unit = (100.0, " %") if share else (1.0, "")
     within = row["method"].startswith(("block", "Wilson")) and row["runs"] == 1
-    words = [f"{_short(scale * row['value'])}{unit}"]
+    words = [f"{number(scale * row['value'])}{unit}"]
     words.append(_between(scale * row["low"], scale * row["high"], "()" if within else "[]"))
     if row["runs"] != count:
         words.append(f"n={row['runs']}")
@@ -143,11 +141,7 @@ def _number(own: Mapping[str, Row], name: str, count: int) -> str:
 def _between(low: float, high: float, signs: str) -> str:
     if not (math.isfinite(low) and math.isfinite(high)):
         return ""
-    return f"{signs[0]}{_short(low)}, {_short(high)}{signs[1]}"
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else _NONE
+    return f"{signs[0]}{number(low)}, {number(high)}{signs[1]}"
 
 
 def _interpolation(comparison: Comparison) -> str:
@@ -160,7 +154,7 @@ def _interpolation(comparison: Comparison) -> str:
             silent.setdefault(call.reason, []).append(call.run)
             continue
         cells.append(
-            [shorten(call.run), call.verdict, *map(_short, numbers), str(call.batches), call.reason]
+            [shorten(call.run), call.verdict, *map(number, numbers), str(call.batches), call.reason]
         )
     bound = comparison.interpolation[0].threshold
     rule = (
@@ -212,17 +206,8 @@ def _reading(comparison: Comparison) -> str:
 
 
 def _wrapped(texts: Sequence[str]) -> str:
-    return "\n".join(
-        textwrap.fill(
-            text, _WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
-        )
-        for text in texts
-    )
+    return "\n".join(line for text in texts for line in wrapped(text))
 
 
 def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
+    return aligned(cells, left=len(cells[0]))

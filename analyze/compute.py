@@ -33,7 +33,7 @@ from analyze.moment_table import (
 from analyze.moments import moment_kind, segment_moments
 from analyze.references import Reference
 from analyze.schedulers import Cluster
-from analyze.session import Plan, Session, drop, keep, session_of
+from analyze.session import Plan, Session, drop, keep, session_of, weights_row
 from capture.store import Shard, UsageError, fetch_ahead
 from capture.store.layout import ITERATES
 from capture.store.place import absolute_address
@@ -156,7 +156,7 @@ def _open_row(
     if stream.name in ITERATES:
         weights, gradients = stack.enter_context(stream.open(row)), []
     else:
-        weights = stack.enter_context(session.weights.open(session.weights_row(stream, row)))
+        weights = stack.enter_context(session.weights.open(weights_row(session.run, stream, row)))
         numbers: Sequence[int | None] = [None] if stream.batches is None else batches
         gradients = [stack.enter_context(stream.open(row, batch)) for batch in numbers]
     return weights, gradients

@@ -8,7 +8,6 @@ them.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from analyze.pair_null import pair_null
 from analyze.pairs import PAIR_QUANTITIES, PairMeasure
 from analyze.quantities import Quantity, Values
 from analyze.sums import unclipping
-from analyze.tables import METADATA_KEY, concatenate
+from analyze.tables import concatenate, encode_metadata, facts_of, texts
 from capture.store.layout import ITERATES, UPDATES
 from capture.store.reader import Run
 
@@ -197,11 +196,6 @@ def described(columns: Sequence[tuple[str, Any, str, str]]) -> pa.Schema:
     )
 
 
-def texts(names: Sequence[str], index: NDArray[Any]) -> Any:
-    """Make a column of names by their number."""
-    return pa.DictionaryArray.from_arrays(index, pa.array(names, pa.string())).cast(pa.string())
-
-
 def with_facts(tables: Sequence[pa.Table], run: Run, name: str, facts: dict[str, Any]) -> pa.Table:
     """Put tables of one run below each other, with the facts of the run and others in metadata.
 
@@ -209,17 +203,9 @@ def with_facts(tables: Sequence[pa.Table], run: Run, name: str, facts: dict[str,
     """
     facts = dict(facts)
     beside = {key: facts.pop(key) for key in ("pairs",) if key in facts}
-    keys = ("final_step", "optimizer", "config", "seeds", "versions", "git_commit")
-    own = {"run": name, "status": run.status, "num_parameters": run.table.num_parameters}
-    document = {
-        "version": capture.__version__,
-        "runs": [{**own, **beside, **{key: run.attributes.get(key) for key in keys}}],
-        "null": {},
-        "nan": {},
-        **facts,
-    }
-    text = json.dumps(document, ensure_ascii=False, sort_keys=True)
-    metadata = {METADATA_KEY: text.encode("utf-8", "backslashreplace")}
+    entry = {**facts_of(run, name), **beside}
+    own = {"version": capture.__version__, "runs": [entry], "null": {}, "nan": {}}
+    metadata = encode_metadata({**own, **facts})
     return pa.concat_tables(tables).combine_chunks().replace_schema_metadata(metadata)
 
 

@@ -17,7 +17,7 @@ from analyze.compute import measure_block
 from analyze.moments import MOMENTS, moment_kind, segment_moments
 from analyze.references import Reference, parse_reference
 from analyze.schedulers import Cluster
-from analyze.session import Plan, Session, drop, keep
+from analyze.session import Plan, Session, drop, keep, weights_row
 from analyze.tables import choose_streams
 from capture.store import open_run
 from capture.store.layout import ITERATES
@@ -141,7 +141,7 @@ def _bytes_of(session: Session, threads: int, block: Block) -> int:
         sizes = stream.commits.sizes[row * batches : (row + 1) * batches]
         passes = [(size, 1) for size in sizes.tolist()]
         if stream.name not in ITERATES:
-            weights = session.weights.commits.sizes[session.weights_row(stream, row)]
+            weights = session.weights.commits.sizes[weights_row(session.run, stream, row)]
             passes.append((int(weights), len(parts[0])))
         total += sum(times * (inside + (size - rest if rest else 0)) for size, times in passes)
     again = sum(reference.bytes_per_pass for reference in session.references)

@@ -7,7 +7,6 @@ the measured bounds held everywhere.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,11 +29,10 @@ from analyze.optimizer import read_optimizer
 from analyze.quantities import Values, ratio
 from analyze.sums import unclipping
 from analyze.tables import read_metadata
-from analyze.verdict import PARTS, _aligned, _band, part_of
+from analyze.text_table import NONE, aligned, band, number, wrapped
+from analyze.verdict import PARTS, part_of
 from capture.store.reader import Run
 
-_NONE = "–"
-_WIDTH = 100
 _ORIGIN = {
     "updates": "of the updates: η* = η · lolr_update, along the step really taken",
     "minibatch": "of the minibatch gradients: η* = lolr, along -g",
@@ -99,17 +97,23 @@ def rate_verdict(
         if stream != source and not_plain(run) is None:
             notes.append("plain SGD steps along its minibatch gradients: one table for both")
             continue
-        lines += [_ORIGIN[stream], *_aligned(list(_rate_cells(run, rows, by, reference, stream)))]
+        lines += [
+            _ORIGIN[stream],
+            *aligned(list(_rate_cells(run, rows, by, reference, stream)), left=2),
+        ]
     null = read_metadata(whole)["null"].get(f"{entry['run']}|{name}")
     known = null is not None and not null.startswith("no null")
     notes.append(f"{_NULL}; {null}" if known else f"η*/a_t: {null or 'no null'}")
     if several_rates(run):
         notes.append("η: that of the first parameter group, others had rates of their own")
     found = contractions(run, select_rows(whole, group="model", reference=name), reference, source)
-    lines += ["contraction of ‖w - w*‖², for each step", *_aligned(list(_contraction_cells(found)))]
+    lines += [
+        "contraction of ‖w - w*‖², for each step",
+        *aligned(list(_contraction_cells(found)), left=2),
+    ]
     notes += _contraction_notes(found, source)
     for note in notes:
-        lines += textwrap.wrap(note, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        lines += wrapped(note)
     return "\n".join(lines)
 
 
@@ -194,9 +198,9 @@ def _rate_cells(
                 label,
                 part,
                 str(here.sum()),
-                _band(ratio(rate[here, column], values)),
-                f"{100 * (values < 0).mean():.3g} %" if len(values) else _NONE,
-                _band(ratio(values, null[here, column])),
+                band(ratio(rate[here, column], values)),
+                f"{100 * (values < 0).mean():.3g} %" if len(values) else NONE,
+                band(ratio(values, null[here, column])),
             )
 
 
@@ -232,9 +236,9 @@ def _contraction_cells(found: list[Contraction]) -> Iterator[tuple[str, ...]]:
             _shrinks(one.taken),
             _shrinks(one.optimal),
             str(one.gradients),
-            _number(one.mu),
-            _number(one.bound),
-            _number(one.mu / one.bound**2) if one.mu > 0 else _NONE,
+            number(one.mu),
+            number(one.bound),
+            number(one.mu / one.bound**2) if one.mu > 0 else NONE,
             _shrinks(one.conditional),
         )
 
@@ -261,9 +265,5 @@ def _contraction_notes(found: list[Contraction], source: str) -> Iterator[str]:
 
 def _shrinks(factor: float) -> str:
     if not np.isfinite(factor):
-        return _NONE
+        return NONE
     return f"1 {'-' if factor <= 1 else '+'} {abs(1 - factor):.3g}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}" if np.isfinite(value) else _NONE

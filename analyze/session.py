@@ -84,20 +84,21 @@ class Session:
             found.append((first, np.clip(offsets[first : last + 1], start, stop) - start))
         return found
 
-    def weights_row(self, stream: Stream, row: int) -> int:
-        """Row of the weights at which a row of `stream` was taken."""
-        step = int(stream.steps[row])
-        try:
-            return self.weights.row_of(step)
-        except UnknownNameError as error:
-            raise DamagedError(
-                f"row {row} (step {step}) of {stream.name!r} has no weights of the same step",
-                where=self.run.path,
-                fix="restore the run from a copy, or record it again",
-            ) from error
-
     def _checksum(self, name: str, count: int) -> int:
         return crc32c(self.run.stream(name).commits.text(count))
+
+
+def weights_row(run: Run, stream: Stream, row: int) -> int:
+    """Row of the weights at which a row of `stream` was taken; `DamagedError` without one."""
+    step = int(stream.steps[row])
+    try:
+        return run.stream(WEIGHTS).row_of(step)
+    except UnknownNameError as error:
+        raise DamagedError(
+            f"row {row} (step {step}) of {stream.name!r} has no weights of the same step",
+            where=run.path,
+            fix="restore the run from a copy, or record it again",
+        ) from error
 
 
 _lock = threading.Lock()

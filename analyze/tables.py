@@ -110,8 +110,6 @@ def build(
         pa.chunked_array([block[field.name] for block in blocks], type=field.type)
         for field in schema()
     ]
-    entry = {key: run.attributes.get(key) for key in _FACTS}
-    own = {"run": name, "status": run.status, "num_parameters": run.table.num_parameters}
     notes = {"weight_decay": measure.decay_note}
     if adam is not None:
         notes["adam_metric"] = adam.note
@@ -120,12 +118,18 @@ def build(
         "version": capture.__version__,
         "by": name_of(by),
         "sign": SIGN,
-        "runs": [{**own, **entry, **notes}],
+        "runs": [{**facts_of(run, name), **notes}],
         "null": {f"{name}|{reference}": text for reference, text in measure.nulls.items()},
         "nan": dict(measure.undefined),
     }
     table = pa.Table.from_arrays(arrays, schema=schema())
-    return table.combine_chunks().replace_schema_metadata(_encode(metadata))
+    return table.combine_chunks().replace_schema_metadata(encode_metadata(metadata))
+
+
+def facts_of(run: Run, name: str) -> dict[str, Any]:
+    """What of a run goes with its tables, under the name that the column `run` has."""
+    own = {"run": name, "status": run.status, "num_parameters": run.table.num_parameters}
+    return {**own, **{key: run.attributes.get(key) for key in _FACTS}}
 
 
 def measure_run(
@@ -198,7 +202,7 @@ def concatenate(tables: Sequence[pa.Table]) -> pa.Table:
     merged["nan"] = dict(nan)
     merged["by"] = "+".join(dict.fromkeys(read_metadata(table)["by"] for table in tables))
     bare = [table.replace_schema_metadata(None) for table in tables]
-    return pa.concat_tables(bare).combine_chunks().replace_schema_metadata(_encode(merged))
+    return pa.concat_tables(bare).combine_chunks().replace_schema_metadata(encode_metadata(merged))
 
 
 def write_table(table: pa.Table, path: str | PathLike[str]) -> None:
@@ -267,13 +271,13 @@ def _block(
     batch = np.tile(np.arange(batches), len(stream.steps))[row]
     nothing = np.full(len(row), np.nan)
     return {
-        "run": _texts([run], np.zeros_like(row)),
-        "stream": _texts([stream.stream], np.zeros_like(row)),
+        "run": texts([run], np.zeros_like(row)),
+        "stream": texts([stream.stream], np.zeros_like(row)),
         "step": pa.array(steps[row]),
         "epoch": pa.array(epochs, mask=np.isnan(epochs)),
         "batch": pa.array(batch, mask=np.full(len(row), stream.batches is None)),
-        "group": _texts(labels, group),
-        "reference": _texts(references, reference),
+        "group": texts(labels, group),
+        "reference": texts(references, reference),
         "num_parameters": pa.array(sizes[group]),
         **{
             q.name: pa.array(found[q.name].ravel() if q.name in found else nothing)
@@ -294,7 +298,8 @@ def _losses(measure: Measure, stream: StreamMoments, steps: Integers) -> NDArray
     return np.asarray(recorded.losses[rows].reshape(len(steps)))
 
 
-def _texts(names: Sequence[str], index: NDArray[Any]) -> Any:
+def texts(names: Sequence[str], index: NDArray[Any]) -> Any:
+    """Make a column of names by their number; `index` is int ``[N]``."""
     return pa.DictionaryArray.from_arrays(index, pa.array(names, pa.string())).cast(pa.string())
 
 
@@ -307,7 +312,8 @@ def _epochs(run: Run, stream: str, steps: Integers) -> NDArray[np.float64]:
     return np.where(recorded.steps[place] == steps, recorded.epochs[place], np.nan)
 
 
-def _encode(metadata: dict[str, Any]) -> dict[bytes, bytes]:
+def encode_metadata(metadata: dict[str, Any]) -> dict[bytes, bytes]:
+    """Write the facts of a table as its file keeps them; `read_metadata` gives them back."""
     text = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
     # A lone surrogate, which a run may hold, becomes its escape again, as JSON has it.
     return {METADATA_KEY: text.encode("utf-8", "backslashreplace")}

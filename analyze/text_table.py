@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 
@@ -30,6 +31,11 @@ def wrapped(note: str) -> list[str]:
     return textwrap.wrap(
         note, WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
     )
+
+
+def number(value: float) -> str:
+    """Three digits, or a dash where it is not finite."""
+    return f"{value:.3g}" if math.isfinite(value) else NONE
 
 
 def median(values: Values) -> str:

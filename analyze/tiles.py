@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analyze.pair_kernels import load_rows, load_steps
-from capture.store import DamagedError, Run, Shard, Stream, UnknownNameError, fetch_ahead
+from analyze.session import weights_row
+from capture.store import Run, Shard, Stream, fetch_ahead
 from capture.store.layout import ITERATES, WEIGHTS
 
 Values = NDArray[np.float64]
@@ -121,19 +122,6 @@ class Tiles:
 
     def _shards(self) -> Sequence[Shard]:
         return [*self._weights, *(shard for batch in self._gradients for shard in batch)]
-
-
-def weights_row(run: Run, stream: Stream, row: int) -> int:
-    """Row of the weights at which a row of `stream` was taken; `DamagedError` without one."""
-    step = int(stream.steps[row])
-    try:
-        return run.stream(WEIGHTS).row_of(step)
-    except UnknownNameError as error:
-        raise DamagedError(
-            f"row {row} (step {step}) of {stream.name!r} has no weights of the same step",
-            where=run.path,
-            fix="restore the run from a copy, or record it again",
-        ) from error
 
 
 def _addresses(views: Sequence[NDArray[Any]]) -> NDArray[np.uint64]:

@@ -8,7 +8,6 @@ are within the run, by `analyze.uncertainty`; what holds for other seeds `analyz
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from analyze.quantities import SIGN, Values, ratio
 from analyze.references import end_of_path
 from analyze.tables import read_metadata
+from analyze.text_table import NONE, aligned, number, wrapped
 from analyze.uncertainty import Interval, WithinRun, negative_interval, path_interval
 from capture.store.layout import ITERATES
 
@@ -36,9 +36,6 @@ _NOTE = (
     "batches; (eff.): how many independent steps they are worth. γ⁰, γ/γ⁰: medians, [10 %, 90 %] "
     "quantiles of the rows. About other seeds this says nothing: see `analyze compare`."
 )
-_LEFT = {0, 1}
-_NONE = "–"
-_WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ def verdict(table: pa.Table) -> str:
     Only rows of the whole model are read.
     """
     found = summarise(table)
-    closing = [f"{SIGN}\n{_wrapped(_NOTE)}"] if any(each.streams for each in found) else []
+    closing = [f"{SIGN}\n{_lines(_NOTE)}"] if any(each.streams for each in found) else []
     return "\n\n".join([*map(_text, found), *closing])
 
 
@@ -224,20 +221,20 @@ def _text(found: Verdict) -> str:
     ]
     cells = [_HEAD, *map(_cells, found.parts)]
     lines += (
-        _aligned(cells)
+        aligned(cells, left=2)
         if found.streams
         else ["no gradients or updates: see norm_dist in the table"]
     )
-    lines += map(_wrapped, _notes(found))
+    lines += map(_lines, _notes(found))
     return "\n".join(lines)
 
 
 def _cells(part: Part) -> tuple[str, ...]:
     effective = part.mean.effective
     count = str(part.n) if math.isnan(effective) else f"{part.n} ({effective:.0f})"
-    numbers = [_estimate(part.mean.interval), _number(part.null), _written(part.ratio)]
+    numbers = [_estimate(part.mean.interval), number(part.null), _written(part.ratio)]
     share = part.below.interval
-    negative = f"{100 * part.negative:.3g} %" if part.n else _NONE
+    negative = f"{100 * part.negative:.3g} %" if part.n else NONE
     if part.n and share.known:
         negative += f" [{100 * share.low:.3g}, {100 * share.high:.3g}]"
     return (part.stream, part.name, count, *numbers, negative)
@@ -264,40 +261,17 @@ def _notes(found: Verdict) -> Iterator[str]:
         yield f"non-finite coordinates: {found.nonfinite}"
 
 
-def _number(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else _NONE
-
-
 def _written(band: Band) -> str:
     if not math.isfinite(band.median):
-        return _NONE
+        return NONE
     return f"{band.median:.3g} [{band.low:.3g}, {band.high:.3g}]"
 
 
 def _estimate(interval: Interval) -> str:
     if not interval.known:
-        return _number(interval.value)
+        return number(interval.value)
     return f"{interval.value:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
 
 
-def _wrapped(note: str) -> str:
-    return "\n".join(
-        textwrap.wrap(
-            note, _WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
-        )
-    )
-
-
-def _band(values: Values) -> str:
-    return _written(band_of(values))
-
-
-def _aligned(cells: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place in _LEFT else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
+def _lines(note: str) -> str:
+    return "\n".join(wrapped(note))
