@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import dask
+import dask.local
+import dask.threaded
 from dask.callbacks import Callback
 
 from capture.store import UsageError
@@ -17,7 +19,8 @@ Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
 Take = Callable[[int, Any], None]
 
-LOCAL = ("threads", "synchronous")
+_LOCAL: dict[str, Any] = {"threads": dask.threaded.get, "synchronous": dask.local.get_sync}
+LOCAL = tuple(_LOCAL)
 
 # Dask has no types of its own.
 _dask: Any = dask
@@ -143,6 +146,7 @@ def _run_here(
     ]
     try:
         with _callback(posttask=finished):
-            _dask.compute(*calls, scheduler=scheduler, num_workers=workers)
+            # By name, Dask would import dask.distributed to ask it first: half a second.
+            _dask.compute(*calls, scheduler=_LOCAL[scheduler], num_workers=workers)
     finally:
         stopped.set()
