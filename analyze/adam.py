@@ -86,18 +86,11 @@ def adam_moments(
     as it was written; bytes behind sums that were kept are not read and so not verified again.
     """
     run = open_run(path)
-    chosen = [n for n in dict.fromkeys(streams) if n not in (*ITERATES, UPDATES)]
-    states = _usable_states(run, {name: run.stream(name) for name in chosen})
-    if isinstance(states, str):
-        return AdamMoments(states, {})
-    steps = {name: _shared(run.stream(name), states) for name in chosen}
-    steps = {name: found for name, found in steps.items() if len(found)}
-    keeping = _Keeping(run, cache_of(run, where), states)
-    identities = [reference.identity(run) for reference in references]
-    kept = {
-        name: {one: keeping.load(name, found, one) for one in identities}
-        for name, found in steps.items()
-    }
+    question = _ask(run, streams, references, where)
+    if isinstance(question, str):
+        return AdamMoments(question, {})
+    steps, kept, keeping = question.steps, question.kept, question.keeping
+    identities = question.identities
     lacking = [name for name, entries in kept.items() if None in entries.values()]
     wanted = [one for one in dict.fromkeys(identities) if any(not kept[n][one] for n in lacking)]
     if lacking:
@@ -122,6 +115,51 @@ def adam_moments(
         for name, entries in kept.items()
     }
     return AdamMoments(_note(run, found), found)
+
+
+def states_to_read(
+    path: str, streams: Sequence[str], references: Sequence[Reference], where: Where = True
+) -> tuple[int, int]:
+    """Say what `adam_moments` would read: how many kept states, and their bytes.
+
+    The rows of weights and gradients at their steps are read once more as well.
+    """
+    run = open_run(path)
+    question = _ask(run, streams, references, where)
+    if isinstance(question, str):
+        return 0, 0
+    lacking = {n: e for n, e in question.kept.items() if None in e.values()}
+    steps = sorted({int(step) for name in lacking for step in question.steps[name]})
+    return len(steps), sum(find_kept(run.path, step).size for step in steps)
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What is asked of a run, by stream, and which entries of it were summed before."""
+
+    steps: Mapping[str, Integers]
+    identities: Sequence[str]
+    kept: dict[str, dict[str, Entry | None]]
+    keeping: _Keeping
+
+
+def _ask(
+    run: Run, streams: Sequence[str], references: Sequence[Reference], where: Where
+) -> _Question | str:
+    """Find the states that count, and what was kept; in words, why there is no metric."""
+    chosen = [n for n in dict.fromkeys(streams) if n not in (*ITERATES, UPDATES)]
+    states = _usable_states(run, {name: run.stream(name) for name in chosen})
+    if isinstance(states, str):
+        return states
+    shared = {name: _shared(run.stream(name), states) for name in chosen}
+    steps = {name: found for name, found in shared.items() if len(found)}
+    keeping = _Keeping(run, cache_of(run, where), states)
+    identities = [reference.identity(run) for reference in references]
+    kept = {
+        name: {one: keeping.load(name, found, one) for one in identities}
+        for name, found in steps.items()
+    }
+    return _Question(steps, identities, kept, keeping)
 
 
 @dataclass(frozen=True)

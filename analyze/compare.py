@@ -98,7 +98,12 @@ def compare_runs(
         groups=tuple(groups),
         level=level,
         seed=seed,
-        warnings=(*warnings, *_unfinished(entries), *differences(entries, groups, keys)),
+        warnings=(
+            *warnings,
+            *_unfinished(entries),
+            *_branches(entries),
+            *differences(entries, groups, keys),
+        ),
         blocks=tuple(blocks),
         interpolation=tuple(
             call for call in calls if call.run in entries and call.run not in repeats
@@ -233,6 +238,17 @@ def _unfinished(entries: Mapping[str, Entry]) -> Iterator[str]:
         yield f"not finished, their last rows are not their ends: {', '.join(runs)}"
 
 
+def _branches(entries: Mapping[str, Entry]) -> Iterator[str]:
+    """Say which runs count their updates from where they left another run."""
+    for run, entry in entries.items():
+        parent = entry.get("parent")
+        if isinstance(parent, dict) and parent.get("position"):
+            yield (
+                f"{run} is a branch: its step 0 is update {parent['position']} of the training, "
+                "and its steps are laid beside the first ones of other runs"
+            )
+
+
 def _units(align: str) -> tuple[str, ...]:
     if align not in ALIGNMENTS:
         raise UsageError(f"unknown alignment {align!r}", fix=f"choose from {', '.join(ALIGNMENTS)}")
@@ -264,7 +280,10 @@ def _notes(
     if missing:
         yield f"without rows of {stream} against {reference}: {', '.join(missing)}"
     if stream == "updates":
-        yield "updates: -cos(u, e) in the place of γ; no null, updates are not what it is of"
+        yield (
+            "updates: -cos(u, e) in the place of γ; what orthogonal gradients alone would give, "
+            "`analyze schedule` tells"
+        )
     elif stream != "minibatch":
         yield f"{stream}: no null, only the minibatch gradients made the path"
     else:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from analyze.measure import Measure
@@ -88,13 +87,6 @@ def directions(rows: pa.Table, source: str) -> tuple[Values, Values]:
     return _sound(
         rows["dot_prod_wd"].to_numpy() * clip, (rows["norm_grad_wd"].to_numpy() * clip) ** 2
     )
-
-
-def select_rows(table: pa.Table, **wanted: str) -> pa.Table:
-    """Keep the rows whose columns have the values `wanted`."""
-    for name, value in wanted.items():
-        table = table.filter(pc.equal(table[name], value))
-    return table
 
 
 def first_step(run: Run) -> int:

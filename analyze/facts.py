@@ -13,6 +13,9 @@ from capture.store.errors import InputError
 
 Facts = list[tuple[str, str]]
 
+# Gradients of batches that drive the training, in training mode.
+_OWN = ("minibatch", "fixed", "full")
+
 
 def run_facts(entry: Mapping[str, Any], reference: str, rates: Values | None = None) -> Facts:
     """(name, value) of everything known of a run; `entry` is its part of the table's metadata.
@@ -59,10 +62,12 @@ def null_sentence(statement: str) -> str:
 def conditional_rate(curves: Sequence[Curve], end: tuple[float, float] | None) -> str | None:
     """The contraction 1 − μ²/L² that RSI⁻ and EB⁺ would give, in words that keep it conditional.
 
-    μ and L are the extremes over the measured rows before the end effect; the batches of a step
-    enter by their quantiles as drawn.
+    μ and L are the extremes over the rows of the streams `_OWN` before the end effect; the batches
+    of a step enter by their quantiles as drawn.
     """
-    before = [c for c in curves if np.isfinite(c.values["rsi"]).any()]
+    # What the training minimizes: held-out batches and other labels are other functions.
+    own = [c for c in curves if c.stream in _OWN]
+    before = [c for c in own if np.isfinite(c.values["rsi"]).any()]
     lowest = _extremes(before, "rsi", end)
     highest = _extremes(before, "eb", end)
     if not lowest.size or not highest.size:
@@ -70,11 +75,11 @@ def conditional_rate(curves: Sequence[Curve], end: tuple[float, float] | None) -
     mu, bound = float(lowest.min()), float(highest.max())
     if mu <= 0:
         return (
-            f"Here the smallest measured RSI⁻ is {number_label(mu, 3)}, not above 0: "
+            f"Here the smallest RSI⁻ of a training gradient is {number_label(mu, 3)}, not above 0: "
             "no rate follows, not even a conditional one."
         )
     return (
-        f"Here, over the measured rows before the end effect, μ = min RSI⁻ = "
+        f"Here, over the training gradients before the end effect, μ = min RSI⁻ = "
         f"{number_label(mu, 3)} and L = max EB⁺ = {number_label(bound, 3)}: the conditional rate "
         f"is 1 − μ²/L² = 1 − {number_label((mu / bound) ** 2, 3)} a step."
     )

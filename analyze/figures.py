@@ -12,6 +12,7 @@ from analyze.charts import Chart, Dash, Line, drawn_values
 from analyze.curves import Curve, distinct
 from analyze.references import end_of_path
 from analyze.verdict import END_SHARE
+from capture.store.layout import UPDATES
 
 # Okabe and Ito's palette without its yellow: told apart with every common form of colour blindness.
 PALETTE = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -119,12 +120,11 @@ KINDS = (
     ),
     Kind(
         "loss",
-        "Training loss",
+        "Loss",
         "loss",
         "loss",
         "loss",
-        "The mean loss of the minibatch of each step, before the update.",
-        per_run=True,
+        "The mean loss of each stream's own batch at the weights before the update.",
     ),
     Kind(
         "grad-norm",
@@ -174,6 +174,9 @@ def _build(
     drawn = [curve for curve in curves if _defined(curve, kind.column)]
     if kind.per_run:
         drawn = _fullest(drawn)
+    elif kind.column == "loss":
+        # An update has the loss of its minibatch.
+        drawn = [curve for curve in drawn if curve.stream != UPDATES] or _fullest(drawn)
     if not drawn:
         return None
     several = len({curve.run for curve in curves}) > 1
@@ -276,7 +279,7 @@ def _caption(kind: Kind, drawn: Sequence[Curve], lines: Sequence[Line], no_null:
     if kind.null is not None:
         known = any(_defined(curve, kind.null[0]) for curve in drawn)
         notes.append(kind.null[2] if known else f"No null: {no_null or 'see above'}.")
-    many = [curve for curve in drawn if curve.batches > 1]
+    many = [curve for curve in drawn if curve.batches > 1 and not kind.per_run]
     if many:
         names = ", ".join(distinct(f"{c.stream} ({c.batches} a step)" for c in many))
         notes.append(f"Line and band: median, 10 % and 90 % quantile over the batches of {names}.")

@@ -25,6 +25,7 @@ from analyze import schedulers
 from analyze.blas import single_threaded
 from analyze.chain import SUMS, Segment, batch_sums, chain_sums, direct_sums
 from analyze.pair_blocks import PairBlock, choose_pairs, cut_pairs, cut_stretches
+from analyze.schedulers import Cluster
 from analyze.sums import sum_groups
 from analyze.tiles import Integers, Tiles, Values
 from capture.store import Run, open_run
@@ -56,7 +57,7 @@ def compute_gram(
     groups: NDArray[np.int64],
     *,
     lags: Sequence[int] | None = None,
-    scheduler: str = "threads",
+    scheduler: str | Cluster = "threads",
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Gram:

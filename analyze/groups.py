@@ -30,7 +30,8 @@ Grouping = str | Mapping[str, str]
 def group_tensors(table: TensorTable, by: Grouping) -> tuple[list[str], NDArray[np.int64]]:
     """Name the groups in order of appearance, and give the group of each tensor, int64 ``[P]``.
 
-    `UsageError` for an unknown grouping or a regular expression that does not compile.
+    `UsageError` for an unknown grouping, and a regular expression that does not compile or is found
+    in no name.
     """
     labels = _labels(table, by)
     distinct = list(dict.fromkeys(labels))
@@ -47,11 +48,23 @@ def parse_groups(texts: tuple[str, ...]) -> dict[str, str]:
     groups: dict[str, str] = {}
     for text in texts:
         label, equals, pattern = text.partition("=")
-        if not (equals and label and pattern) or label in groups:
+        if not (equals and label and pattern) or label in groups or not _is_text(text):
             what = "a label twice" if label in groups else "not a group of tensors"
-            raise UsageError(what, where=repr(text), fix="write LABEL=REGEX, as in attention=attn")
+            raise UsageError(what, where=ascii(text), fix="write LABEL=REGEX, as in attention=attn")
+        if label == REST:
+            fix = "choose another label"
+            raise UsageError("this is what fits no pattern", where=repr(text), fix=fix)
         groups[label] = pattern
     return groups
+
+
+def _is_text(text: str) -> bool:
+    """Whether this can be written down; bytes of a terminal that are no UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def kind_of(tensor: Tensor) -> str:
@@ -77,6 +90,13 @@ def kind_of(tensor: Tensor) -> str:
 def _labels(table: TensorTable, by: Grouping) -> list[str]:
     if not isinstance(by, str):
         compiled = {label: _compiled(pattern) for label, pattern in by.items()}
+        for label, pattern in compiled.items():
+            if not any(pattern.search(name) for name in table.names):
+                raise UsageError(
+                    "no tensor has such a name",
+                    where=f"{label}={by[label]}",
+                    fix=f"they are called {', '.join(table.names[:3])}, …",
+                )
         return [_first(compiled, name) for name in table.names]
     labels: dict[str, Any] = {
         "model": lambda: ["model"] * len(table.names),

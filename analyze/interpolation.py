@@ -24,9 +24,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from analyze.rows import select_rows, sizes_of, whole_model
 from analyze.tables import read_metadata
 from capture.store.errors import UsageError
 
@@ -70,15 +70,15 @@ def call_interpolation(table: pa.Table, threshold: float = THRESHOLD) -> list[In
             fix=f"the default is {THRESHOLD:g}",
         )
     entries = {entry["run"]: entry for entry in read_metadata(table)["runs"]}
-    table = table.filter(pc.equal(table["group"], "model"))
+    table = whole_model(table, sizes_of(entries.values()))
     return [
-        _call(_of(table, run=run), run, entry.get("final_step"), threshold)
+        _call(select_rows(table, run=run), run, entry.get("final_step"), threshold)
         for run, entry in entries.items()
     ]
 
 
 def _call(rows: pa.Table, run: str, final_step: int | None, threshold: float) -> Interpolation:
-    own, whole = (_of(rows, stream=stream) for stream in (_BATCHES, _WHOLE))
+    own, whole = (select_rows(rows, stream=stream) for stream in (_BATCHES, _WHOLE))
     gradients = _ends(own, "norm_grad", final_step)
     losses, stream = _ends(whole, "loss", final_step), _WHOLE
     if not len(losses) or not np.isfinite(losses).all():
@@ -147,9 +147,3 @@ def _ends(rows: pa.Table, column: str, final_step: int | None) -> Values:
         if final_step and values.keys() >= {0, final_step}
     ]
     return np.array(pairs, np.float64).reshape(len(pairs), 2)
-
-
-def _of(table: pa.Table, **wanted: str) -> pa.Table:
-    for name, value in wanted.items():
-        table = table.filter(pc.equal(table[name], value))
-    return table

@@ -11,6 +11,7 @@ import xarray as xr
 from analyze.cache import Where
 from analyze.dataset import to_dataset, to_tree
 from analyze.groups import Grouping
+from analyze.schedulers import Cluster
 from analyze.tables import measure_run
 from capture.store.reader import Run
 from capture.streams import MINIBATCH
@@ -24,7 +25,7 @@ def measure_table(
     *,
     stream: str | Sequence[str] | None = None,
     by: Grouping = "model",
-    scheduler: str = "threads",
+    scheduler: str | Cluster = "threads",
     workers: int | None = None,
     cache: Where = True,
 ) -> pa.Table:
@@ -55,7 +56,7 @@ def measure_dataset(
     *,
     stream: str = MINIBATCH,
     by: Grouping = "model",
-    scheduler: str = "threads",
+    scheduler: str | Cluster = "threads",
     workers: int | None = None,
     cache: Where = True,
 ) -> xr.Dataset:
@@ -75,7 +76,7 @@ def measure_tree(
     *,
     stream: str | Sequence[str] | None = None,
     by: Grouping = "model",
-    scheduler: str = "threads",
+    scheduler: str | Cluster = "threads",
     workers: int | None = None,
     cache: Where = True,
 ) -> xr.DataTree:

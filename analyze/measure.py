@@ -24,6 +24,7 @@ from analyze.sums import (
     unclipping,
     update_sums,
 )
+from capture.store.errors import UsageError
 from capture.store.layout import ITERATES
 from capture.store.reader import Run
 
@@ -47,7 +48,9 @@ class Measure:
     are the sums in Adam's metric, for the same references in the same order.
     """
 
-    def __init__(self, run: Run, adam: AdamMoments | None = None) -> None:
+    def __init__(
+        self, run: Run, adam: AdamMoments | None = None, weight_decay: float | None = None
+    ) -> None:
         self.run = run
         self._adam = adam
         self.nulls: dict[str, str] = {}
@@ -55,7 +58,9 @@ class Measure:
         self._optimizer = read_optimizer(run)
         self._path = own_path(run)
         self._sign = -1.0 if self._optimizer.maximize else 1.0
-        self._decay, self.decay_note = self._read_decay()
+        self._decay, self.decay_note = (
+            self._read_decay() if weight_decay is None else self._chosen_decay(weight_decay)
+        )
 
     def quantities(
         self,
@@ -236,6 +241,14 @@ class Measure:
             values = np.where(values == 0, 0.0, np.nan)
         note = "none" if none else _DECAY[kind]
         return np.append(values, np.zeros((len(values), 1)), axis=1), note
+
+    def _chosen_decay(self, value: float) -> tuple[Values, str]:
+        """λ as asked for, for every tensor that the optimizer updates; as `_read_decay`."""
+        if not (np.isfinite(value) and value >= 0):
+            raise UsageError(f"{value:g} is no weight decay", fix="give a number of at least 0")
+        decay = np.full((1, int(self._optimizer.groups.max(initial=0)) + 2), value)
+        decay[:, -1] = 0.0
+        return decay, f"λ = {value:g} for every tensor, as asked for and not as trained"
 
     def _decay_at(self, steps: Integers) -> Values:
         """λ of each tensor ``[N, P]``; at w_T, from which no update was taken, the last one."""

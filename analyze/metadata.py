@@ -47,8 +47,8 @@ def flaw(table: pa.Table, expected: pa.Schema, document: Any, version: int) -> s
         return "its facts of the runs are damaged"
     if not {entry["run"] for entry in runs} >= set(table["run"].unique().to_pylist()):
         return "a run is missing in its facts"
-    for name, kind in (("null", str), ("nan", int)):
-        values = document.get(name)
+    for name, kind in (("null", str), ("nan", int), ("branched", int)):
+        values = document.get(name, {} if name == "branched" else None)
         if not isinstance(values, dict) or not all(isinstance(v, kind) for v in values.values()):
             return f"its facts {name!r} are damaged"
     return None

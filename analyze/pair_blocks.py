@@ -46,13 +46,17 @@ def parse_lags(text: str | None) -> list[int] | str | None:
     if text is None or text == "all":
         return text
     parts = text.replace(" ", "").split(",")
-    wrong = [part for part in parts if not (part.isascii() and part.isdigit() and int(part) > 0)]
+    wrong = [part for part in parts if not (part.isascii() and part.isdigit() and _is_lag(part))]
     if wrong:
         raise UsageError(
             f"{wrong[0]!r} is no lag between two steps",
             fix="use all, or numbers of updates such as 1,2,5,10,20,50",
         )
     return [int(part) for part in parts]
+
+
+def _is_lag(digits: str) -> bool:
+    return 0 < int(digits) < 2**63
 
 
 def choose_pairs(steps: Integers, lags: Sequence[int] | None) -> Integers:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from analyze.pair_table import SIGN, PairTables
+from analyze.rows import select_rows, sizes_of, whole_model
 from analyze.tables import read_metadata
 from analyze.text_table import NONE, aligned, band, median, wrapped
 from capture.store.layout import ITERATES, UPDATES
@@ -35,10 +35,11 @@ def pair_summary(tables: PairTables) -> str:
 
     Only rows of the whole model are read.
     """
-    pairs, noise = (_select(table, group="model") for table in (tables.pairs, tables.noise))
     entries = {entry["run"]: entry for entry in read_metadata(tables.pairs)["runs"]}
+    sizes = sizes_of(entries.values())
+    pairs, noise = (whole_model(table, sizes) for table in (tables.pairs, tables.noise))
     blocks = [
-        _block(_select(pairs, run=run, reference=reference), entries[run], reference)
+        _block(select_rows(pairs, run=run, reference=reference), entries[run], reference)
         for run in pairs["run"].unique().to_pylist()
         for reference in pairs["reference"].unique().to_pylist()
     ]
@@ -58,7 +59,7 @@ def _block(rows: pa.Table, entry: dict[str, Any], reference: str) -> str:
     lines = [f"{entry['run']}   w* = {reference}   D = {total:,}"]
     for stream, count in entry["pairs"].items():
         if count:
-            lines += ["", *_stream(_select(rows, stream=stream), stream)]
+            lines += ["", *_stream(select_rows(rows, stream=stream), stream)]
     missing = [stream for stream, count in entry["pairs"].items() if not count]
     if missing:
         lines += ["", f"{', '.join(missing)}: no two rows are a chosen lag apart"]
@@ -93,9 +94,9 @@ def _by_lag(lags: NDArray[np.int64]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
 
 def _noise(table: pa.Table) -> Iterator[str]:
     for run in table["run"].unique().to_pylist():
-        of_run = _select(table, run=run)
+        of_run = select_rows(table, run=run)
         for stream in of_run["stream"].unique().to_pylist():
-            rows = _select(of_run, stream=stream)
+            rows = select_rows(of_run, stream=stream)
             corrected = rows["noise_corrected"].to_numpy()
             plain = rows["square_of_mean"].to_numpy()
             scale = rows["noise_scale"].to_numpy()
@@ -108,9 +109,3 @@ def _noise(table: pa.Table) -> Iterator[str]:
                 f"{run}, {stream}: ‖∇f‖² without noise {median(corrected)} (below 0 in {below} of "
                 f"{len(known)} steps), ‖mean g‖² {median(plain)}, gradient noise scale {scale_text}"
             )
-
-
-def _select(table: pa.Table, **wanted: str) -> pa.Table:
-    for name, value in wanted.items():
-        table = table.filter(pc.equal(table[name], value))
-    return table

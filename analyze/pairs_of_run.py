@@ -13,6 +13,7 @@ from analyze.groups import Grouping, group_tensors, name_of
 from analyze.pair_blocks import choose_pairs
 from analyze.pair_table import PairTables, build_pairs
 from analyze.references import parse_reference
+from analyze.schedulers import Cluster
 from capture.store.errors import InputError, UsageError
 from capture.store.layout import WEIGHTS
 from capture.store.reader import Run, Stream, open_run
@@ -33,7 +34,7 @@ def measure_pairs(
     streams: Sequence[str] = (),
     lags: Sequence[int] | str | None = None,
     by: Sequence[Grouping] = ("model",),
-    scheduler: str = "threads",
+    scheduler: str | Cluster = "threads",
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     cache: Where = True,

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from analyze.blas import single_threaded
 from analyze.gram import compute_gram
 from analyze.quantities import Values, norm, ratio
+from analyze.schedulers import Cluster
 from capture.store import InputError, Run, open_run
 from capture.store.layout import WEIGHTS
 
@@ -69,7 +70,7 @@ def measure_path(
     groups: Integers,
     *,
     components: int = COMPONENTS,
-    scheduler: str = "threads",
+    scheduler: str | Cluster = "threads",
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Integers, list[PathShape]]:

@@ -32,6 +32,7 @@ def path_summary(table: pa.Table) -> str:
         rows = table.filter(pc.equal(table["group"], name))
         cells += _components(rows, name)
         notes.append(_length(rows, name))
+        notes += _left_out(rows, name)
     lines += aligned(cells)
     if len(names) > _MOST_GROUPS:
         lines.append(f"and {len(names) - _MOST_GROUPS} groups more, in the table")
@@ -52,6 +53,14 @@ def _components(rows: pa.Table, name: str) -> Iterator[tuple[str, ...]]:
         shares = (first[key][place].as_py() for key in ("explained", "null_walk", "null_steps"))
         component = str(first["component"][place].as_py())
         yield (name if place == 0 else "", component, *map(_percent, shares))
+
+
+def _left_out(rows: pa.Table, name: str) -> list[str]:
+    """Say which weights are not finite: nothing of theirs counts."""
+    bad = np.unique(rows["step"].to_numpy()[np.isnan(rows["coordinate"].to_numpy())])
+    if not len(bad):
+        return []
+    return [f"{name}: {len(bad)} rows are not finite, the first at t = {bad[0]}, and left out"]
 
 
 def _length(rows: pa.Table, name: str) -> str:

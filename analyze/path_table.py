@@ -17,6 +17,7 @@ from analyze.groups import Grouping, group_tensors, name_of
 from analyze.metadata import printable
 from analyze.pair_table import described, with_facts
 from analyze.path import COMPONENTS, PathShape, measure_path
+from analyze.schedulers import Cluster
 from analyze.tables import texts
 from capture.store.reader import Run, open_run
 
@@ -54,7 +55,7 @@ def measure_path_table(
     *,
     by: Grouping = "model",
     components: int = COMPONENTS,
-    scheduler: str = "threads",
+    scheduler: str | Cluster = "threads",
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> pa.Table:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from analyze.alignment import Clock
+from analyze.rows import sizes_of, whole_model
 from analyze.run_groups import Entry, Group, same_settings
 from analyze.tables import read_metadata
 from capture.store.errors import InputError
@@ -64,9 +65,7 @@ def check_names(table: pa.Table) -> None:
 
 def whole_models(table: pa.Table, entries: Mapping[str, Entry]) -> pa.Table:
     """The rows of whole models; a layer may be called `model` too."""
-    sizes = pa.array([entries[run]["num_parameters"] for run in table["run"].to_pylist()])
-    whole = pc.and_(pc.equal(table["group"], "model"), pc.equal(table["num_parameters"], sizes))
-    table = table.filter(whole)
+    table = whole_model(table, sizes_of(entries.values()))
     if not table.num_rows:
         raise InputError(
             "the inputs hold no rows of a whole model",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analyze import schedulers
+from analyze.adam import states_to_read
 from analyze.blocks import Block, cut, most_open, pieces
 from analyze.cache import Where, lacking_moments
 from analyze.compute import measure_block
@@ -120,7 +121,8 @@ def project_run(
 ) -> list[Projection]:
     """Say what `analyze.measure_run` with the same arguments will cost, one pass after another.
 
-    Empty where all its moments were kept, so that nothing is read.
+    Empty where all its moments were kept, so that nothing is read; what Adam's metric reads beside
+    them says `project_metric`.
     """
     parsed = [parse_reference(text) for text in dict.fromkeys(references)]
     chosen = choose_streams(open_run(path), streams)
@@ -128,6 +130,23 @@ def project_run(
         project(path, names, lacking, scheduler=scheduler, workers=workers)
         for names, lacking in lacking_moments(path, chosen, parsed, where=cache)
     ]
+
+
+def project_metric(
+    path: str,
+    references: Sequence[str] = ("final",),
+    *,
+    streams: Sequence[str] = (),
+    cache: Where = True,
+) -> list[str]:
+    """Say in words what Adam's metric reads beside the passes of `project_run`, if anything."""
+    parsed = [parse_reference(text) for text in dict.fromkeys(references)]
+    chosen = choose_streams(open_run(path), streams)
+    count, nbytes = states_to_read(path, chosen, parsed, where=cache)
+    if not count:
+        return []
+    states = "1 kept state" if count == 1 else f"{count} kept states"
+    return [f"for Adam's metric reads {states} of {size(nbytes)}, and the rows of their steps"]
 
 
 def _bytes_of(session: Session, threads: int, block: Block) -> int:

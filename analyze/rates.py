@@ -19,7 +19,6 @@ from analyze.directions import (
     directions,
     last_step,
     not_plain,
-    select_rows,
     several_rates,
     update_null,
 )
@@ -27,6 +26,7 @@ from analyze.groups import Grouping, group_tensors, name_of
 from analyze.metadata import printable
 from analyze.optimizer import read_optimizer
 from analyze.quantities import Values, ratio
+from analyze.rows import select_rows
 from analyze.sums import unclipping
 from analyze.tables import read_metadata
 from analyze.text_table import NONE, aligned, band, number, wrapped

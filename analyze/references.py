@@ -175,6 +175,24 @@ def parse_reference(text: str) -> Reference:
     raise UsageError(f"{text!r} is no reference", fix=f"use one of {_FORMS}")
 
 
+def parting(reference: Reference, run: Run) -> int | None:
+    """Step of `run` at which a branch that ends in w* left it; `None` for any other w*.
+
+    Before that step the path to w* is the run's own, and its gradients took part in it. A branch is
+    known by the checksums of the weights that it began with.
+    """
+    if not isinstance(reference, RunReference):
+        return None
+    parent = open_run(reference.path).attributes.get("parent")
+    if not isinstance(parent, dict) or not isinstance(step := parent.get("step"), int):
+        return None
+    weights = run.stream(WEIGHTS)
+    if step not in weights.steps:
+        return None
+    own = list(weights.commits[weights.row_of(step)].chunks)
+    return step if own == parent.get("weights_crc32c") else None
+
+
 def end_of_path(reference: str, final_step: int | None) -> int | None:
     """Step at which w* lies on the run's own path or ends the mean over it; `None` elsewhere."""
     kind, _, value = reference.partition(":")

@@ -42,12 +42,12 @@ from analyze.directions import (
     first_step,
     has_rows,
     last_step,
-    select_rows,
 )
 from analyze.groups import Grouping, name_of
 from analyze.metadata import printable
 from analyze.quantities import Values, ratio
 from analyze.rates import rate_verdict
+from analyze.rows import select_rows
 from analyze.tables import measure_run
 from analyze.verdict import PARTS, part_of
 from capture.store.errors import InputError, UsageError

@@ -28,7 +28,7 @@ from analyze.measure import Measure
 from analyze.metadata import flaw, printable
 from analyze.moment_table import MOMENTS, Moments, StreamMoments
 from analyze.quantities import QUANTITIES, SIGN
-from analyze.references import parse_reference
+from analyze.references import parse_reference, parting
 from analyze.sums import sum_groups
 from analyze.tensor_file import open_regular
 from capture.store.errors import InputError
@@ -92,15 +92,17 @@ def build(
     *,
     adam: AdamMoments | None = None,
     name: str | None = None,
+    weight_decay: float | None = None,
 ) -> pa.Table:
     """Make the table of one run from its moments; `by` as in `analyze.groups`.
 
-    `adam` are the sums in Adam's metric against the same references, where they were asked for;
-    `name` is what the column `run` says, by default the path of the run.
+    A `weight_decay` takes the place of the run's own λ in the columns `_wd`; `adam` are the sums in
+    Adam's metric against the same references, where they were asked for; `name` is what the column
+    `run` says, by default the path of the run.
     """
     name = printable(str(run.path) if name is None else name)
     references = [printable(text) for text in moments.references]
-    measure = Measure(run, adam)
+    measure = Measure(run, adam, weight_decay)
     labels, groups = group_tensors(run.table, by)
     blocks = [
         _block(measure, stream, references, labels, groups, name)
@@ -120,10 +122,17 @@ def build(
         "sign": SIGN,
         "runs": [{**facts_of(run, name), **notes}],
         "null": {f"{name}|{reference}": text for reference, text in measure.nulls.items()},
+        "branched": _branched(run, moments.references, name),
         "nan": dict(measure.undefined),
     }
     table = pa.Table.from_arrays(arrays, schema=schema())
     return table.combine_chunks().replace_schema_metadata(encode_metadata(metadata))
+
+
+def _branched(run: Run, references: Sequence[str], name: str) -> dict[str, int]:
+    """Where branches that end in a reference left the run, by run and reference."""
+    steps = {text: parting(parse_reference(text), run) for text in references}
+    return {f"{name}|{printable(text)}": step for text, step in steps.items() if step is not None}
 
 
 def facts_of(run: Run, name: str) -> dict[str, Any]:
@@ -142,13 +151,17 @@ def measure_run(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     cache: Where = True,
+    weight_decay: float | None = None,
 ) -> dict[str, pa.Table]:
-    """Measure a run in one pass over its bytes: one table for each grouping in `by`, by its name.
+    """Measure a run: one table for each grouping in `by`, by its name.
+
+    One pass over its bytes, and where Adam's second moments were kept another over those rows.
 
     Without `streams`, all of the run that have rows but the weights, and the weights where there
     are no others; `references` as typed. What was summed before is not summed again: moments are
     kept in the folder NAME.moments beside the run, below the folder `cache` where it is a path, or
-    neither looked up nor kept where it is `False`. Errors, scheduler, workers and progress are
+    neither looked up nor kept where it is `False`. A `weight_decay` λ takes the place of the run's
+    own in the columns `_wd`, g + λw. Errors, scheduler, workers and progress are
     those of `compute_moments`; `InputError` where nothing is recorded in the streams.
     """
     parsed = [parse_reference(text) for text in dict.fromkeys(references)]
@@ -174,7 +187,10 @@ def measure_run(
     # Opened again: a run that is still recording has written more by now.
     run = open_run(path)
     return {
-        name_of(grouping): build(run, moments, grouping, adam=adam, name=path) for grouping in by
+        name_of(grouping): build(
+            run, moments, grouping, adam=adam, name=path, weight_decay=weight_decay
+        )
+        for grouping in by
     }
 
 
@@ -199,6 +215,7 @@ def concatenate(tables: Sequence[pa.Table]) -> pa.Table:
         nan.update(metadata["nan"])
         merged["runs"] += [entry for entry in metadata["runs"] if entry not in merged["runs"]]
         merged["null"] |= metadata["null"]
+        merged["branched"] = merged.get("branched", {}) | metadata.get("branched", {})
     merged["nan"] = dict(nan)
     merged["by"] = "+".join(dict.fromkeys(read_metadata(table)["by"] for table in tables))
     bare = [table.replace_schema_metadata(None) for table in tables]

@@ -161,7 +161,8 @@ def _software(run: Provenance) -> str:
     if not versions:
         return f"Versions of the software {run.missing(2)}{at}."
     listed = ", ".join(f"{name} {versions[name]}" for name in sorted(versions))
-    return f"Trained with {listed}{at}."
+    made = "Imported" if run.facts.get("imported") else "Trained"
+    return f"{made} with {listed}{at}."
 
 
 def span(values: Floats) -> str | None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from analyze.quantities import SIGN, Values, ratio
 from analyze.references import end_of_path
+from analyze.rows import select_rows, sizes_of, whole_model
 from analyze.tables import read_metadata
 from analyze.text_table import NONE, aligned, number, wrapped
 from analyze.uncertainty import Interval, WithinRun, negative_interval, path_interval
@@ -52,10 +53,12 @@ class Band:
 
 @dataclass(frozen=True)
 class Part:
-    """One stream in one part of the way: `name` is one of `PARTS`, or "after" what follows w_N.
+    """One stream in one part of the way.
 
-    `n` counts the rows whose cosine is defined, and all the rest is over these: the cosine γ that
-    is positive towards w*, the median of its null γ⁰, γ/γ⁰, η*/a_t, and the fraction of γ < 0.
+    `name` is one of `PARTS`, or "before" where a branch that ends in w* had not left the run yet,
+    or "after" for what follows w_N. `n` counts the rows whose cosine is defined, and all the rest
+    is over these: the cosine γ that is positive towards w*, the median of its null γ⁰, γ/γ⁰,
+    η*/a_t, and the fraction of γ < 0.
     `mean` and `below` are the mean cosine and that fraction with their intervals within the run.
     """
 
@@ -77,7 +80,8 @@ class Verdict:
 
     `entry` has the facts of the run and `final` is T, or the last step so far. `left_out` is the
     end effect: its first and last step, and how many rows it has. `undefined` counts rows without
-    a cosine, `nonfinite` NaN and infinite coordinates; `null` says what γ⁰ rests on.
+    a cosine, `nonfinite` NaN and infinite coordinates; `null` says what γ⁰ rests on, and `start`
+    at which step a branch that ends in w* left the run, 0 where none did.
     """
 
     entry: Mapping[str, Any]
@@ -89,6 +93,7 @@ class Verdict:
     null: str | None
     undefined: int
     nonfinite: int
+    start: int = 0
 
 
 def summarise(table: pa.Table) -> list[Verdict]:
@@ -98,13 +103,14 @@ def summarise(table: pa.Table) -> list[Verdict]:
     """
     metadata = read_metadata(table)
     entries = {entry["run"]: entry for entry in metadata["runs"]}
-    table = table.filter(pc.equal(table["group"], "model"))
+    table = whole_model(table, sizes_of(metadata["runs"]))
     blocks = (
-        (_select(table, run=run, reference=reference), entries[run], reference)
+        (select_rows(table, run=run, reference=reference), entries[run], reference)
         for run in table["run"].unique().to_pylist()
         for reference in table["reference"].unique().to_pylist()
     )
-    return [_numbers(*block, metadata["null"]) for block in blocks if block[0].num_rows]
+    branched = metadata.get("branched", {})
+    return [_numbers(*block, metadata["null"], branched) for block in blocks if block[0].num_rows]
 
 
 def verdict(table: pa.Table) -> str:
@@ -117,19 +123,26 @@ def verdict(table: pa.Table) -> str:
     return "\n\n".join([*map(_text, found), *closing])
 
 
-def part_of(steps: NDArray[np.int64], reference: str, final_step: int) -> NDArray[np.object_]:
+def part_of(
+    steps: NDArray[np.int64], reference: str, final_step: int, start: int = 0
+) -> NDArray[np.object_]:
     """Name the part of the way to w* in which each step lies.
 
-    The thirds of the updates before the end effect, `end` for it, `after` for what follows w_N.
+    The thirds of the updates from `start` to the end effect, `end` for it, `after` for what follows
+    w_N, and `before` for what lies before `start`, where a branch that ends in w* left the run.
     """
     end = end_of_path(reference, final_step)
     last = final_step if end is None else end
     before = last if end is None else (1 - END_SHARE) * last
-    conditions = [steps > last, steps >= before, steps >= before * 2 / 3, steps >= before / 3]
+    third = (before - start) / 3
+    late, middle = steps >= start + 2 * third, steps >= start + third
     if end is None:
-        conditions[:2] = []
-        return np.select(conditions, ["late", "middle"], "early").astype(object)
-    return np.select(conditions, ["after", "end", "late", "middle"], "early").astype(object)
+        return np.select(
+            [steps < start, late, middle], ["before", "late", "middle"], "early"
+        ).astype(object)
+    names = ["before", "after", "end", "late", "middle"]
+    conditions = [steps < start, steps > last, steps >= before, late, middle]
+    return np.select(conditions, names, "early").astype(object)
 
 
 def counted(rows: int) -> str:
@@ -147,12 +160,18 @@ def band_of(values: Values) -> Band:
 
 
 def _numbers(
-    rows: pa.Table, entry: Mapping[str, Any], reference: str, nulls: Mapping[str, str]
+    rows: pa.Table,
+    entry: Mapping[str, Any],
+    reference: str,
+    nulls: Mapping[str, str],
+    branched: Mapping[str, int],
 ) -> Verdict:
+    key = f"{entry['run']}|{reference}"
+    start = branched.get(key, 0)
     final = entry["final_step"]
     final = int(pc.max(rows["step"]).as_py()) if final is None else final
     names = [name for name in rows["stream"].unique().to_pylist() if name not in ITERATES]
-    by_stream = {name: _select(rows, stream=name) for name in names}
+    by_stream = {name: select_rows(rows, stream=name) for name in names}
     defined = sum(int(_cosine(own)[1].sum()) for own in by_stream.values())
     end = end_of_path(reference, final)
     tail = part_of(rows["step"].to_numpy(), reference, final) == "end"
@@ -163,21 +182,24 @@ def _numbers(
         final=final,
         streams=tuple(names),
         parts=tuple(
-            part for name, own in by_stream.items() for part in _parts(own, name, reference, final)
+            part
+            for name, own in by_stream.items()
+            for part in _parts(own, name, reference, final, start)
         ),
         left_out=(first, end, int(tail.sum())) if end and names else None,
-        null=nulls.get(f"{entry['run']}|{reference}") if names else None,
+        null=nulls.get(key) if names else None,
+        start=start,
         undefined=sum(own.num_rows for own in by_stream.values()) - defined,
         nonfinite=int(pc.sum(rows["nonfinite"]).as_py()),
     )
 
 
-def _parts(rows: pa.Table, stream: str, reference: str, final: int) -> Iterator[Part]:
+def _parts(rows: pa.Table, stream: str, reference: str, final: int, start: int) -> Iterator[Part]:
     cosine, defined = _cosine(rows)
     null, rate, rate_null = (rows[name].to_numpy() for name in ("cosine_null", "lolr", "lolr_null"))
-    parts = part_of(rows["step"].to_numpy(), reference, final)
+    parts = part_of(rows["step"].to_numpy(), reference, final, start)
     batches = max(1, len(rows["batch"].unique()))
-    for name in (*PARTS, "after"):
+    for name in ("before", *PARTS, "after"):
         here = (parts == name) & defined
         # By step and batch, in the order of the table.
         all_of_part = cosine[parts == name].reshape(-1, batches)
@@ -203,12 +225,6 @@ def _cosine(rows: pa.Table) -> tuple[Values, NDArray[np.bool_]]:
     updates = rows["stream"][0].as_py() == "updates"
     cosine = -rows["cosine_update"].to_numpy() if updates else rows["cosine"].to_numpy()
     return cosine, np.isfinite(cosine)
-
-
-def _select(table: pa.Table, **wanted: str) -> pa.Table:
-    for name, value in wanted.items():
-        table = table.filter(pc.equal(table[name], value))
-    return table
 
 
 def _text(found: Verdict) -> str:
@@ -246,6 +262,11 @@ def _notes(found: Verdict) -> Iterator[str]:
         yield (
             f"left out: the last {100 * END_SHARE:g} % before w*, t = {first} to {last} "
             f"({counted(rows)}); there γ tends to γ⁰ anyway"
+        )
+    if found.start:
+        yield (
+            f"before: t < {found.start}, where the branch had not left this run yet: its way to w* "
+            "is made of these gradients too, and they are no control"
         )
     if found.null is not None:
         yield f"γ⁰: {found.null}"

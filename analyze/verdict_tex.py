@@ -125,6 +125,11 @@ def _notes(found: Verdict) -> Iterator[str]:
         yield "Only minibatch gradients made the path: other streams have no null."
     if "updates" in found.streams:
         yield r"For updates, $-\cos(u_t, e_t)$ stands in the place of $\gamma$."
+    if found.start:
+        yield (
+            rf"Rows named before lie at $t < {found.start}$, where the branch that ends in $w^*$ "
+            "had not left this run yet."
+        )
     if any(part.name == "after" for part in found.parts):
         yield "Rows named after lie behind $w^*$."
     if found.undefined:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from typing import Any
@@ -12,16 +13,21 @@ from analyze.commands.options import (
     by_option,
     cache_option,
     cache_place,
+    cluster,
     command,
     group_option,
     grouping,
     no_cache_option,
+    parquet_target,
     progress_of,
     run_argument,
     runs_argument,
     scheduler_option,
     show,
     streams_option,
+    tls_ca_option,
+    tls_cert_option,
+    tls_key_option,
     workers_option,
 )
 
@@ -42,12 +48,15 @@ from analyze.commands.options import (
 @streams_option
 @by_option
 @group_option
-@scheduler_option
 @click.option(
-    "--tls-ca", type=click.Path(), help="For tls://, certificate of the authority, a PEM file."
+    "--weight-decay",
+    type=float,
+    help="λ in the columns _wd, of g + λw, instead of that of the training.",
 )
-@click.option("--tls-cert", type=click.Path(), help="For tls://, your own certificate.")
-@click.option("--tls-key", type=click.Path(), help="For tls://, the key of your certificate.")
+@scheduler_option
+@tls_ca_option
+@tls_cert_option
+@tls_key_option
 @workers_option
 @cache_option
 @no_cache_option
@@ -61,8 +70,9 @@ def compute(
     runs: tuple[str, ...],
     references: tuple[str, ...],
     streams: tuple[str, ...],
-    by: str,
+    by: str | None,
     patterns: tuple[str, ...],
+    weight_decay: float | None,
     scheduler: str,
     tls_ca: str | None,
     tls_cert: str | None,
@@ -84,17 +94,11 @@ def compute(
     from analyze.groups import name_of
     from analyze.tables import concatenate, measure_run, write_table
     from analyze.verdict import counted, verdict
-    from capture.store.target import check_target
 
-    where: Any = scheduler
-    if tls_ca or tls_cert or tls_key:
-        from analyze.schedulers import Cluster
-
-        where = Cluster(scheduler, tls_ca, tls_cert, tls_key)
     place = cache_place(cache, no_cache)
     options: dict[str, Any] = {
         "streams": streams,
-        "scheduler": where,
+        "scheduler": cluster(scheduler, tls_ca, tls_cert, tls_key),
         "workers": workers,
         "cache": place,
     }
@@ -105,7 +109,7 @@ def compute(
     if out is None:
         raise click.UsageError("Missing option '--out'.", context)
     files = [text.removeprefix("file:") for text in references if text.startswith("file:")]
-    check_target(out, [*runs, *files])
+    parquet_target(out, [*runs, *files])
     chosen = grouping(patterns, by)
     groupings = ["model"] if chosen == "model" else ["model", chosen]
     measured = []
@@ -113,7 +117,14 @@ def compute(
         if sys.stderr.isatty():
             click.echo(projected(run, references, options), err=True)
         with progress_of(run) as report:
-            tables = measure_run(run, references, by=groupings, progress=report, **options)
+            tables = measure_run(
+                run,
+                references,
+                by=groupings,
+                progress=report,
+                weight_decay=weight_decay,
+                **options,
+            )
         measured.append(tables)
     table = concatenate([tables[name_of(chosen)] for tables in measured])
     write_table(table, out)
@@ -145,6 +156,9 @@ def compute(
 @by_option
 @group_option
 @scheduler_option
+@tls_ca_option
+@tls_cert_option
+@tls_key_option
 @workers_option
 @cache_option
 @no_cache_option
@@ -159,9 +173,12 @@ def pairs(
     streams: tuple[str, ...],
     references: tuple[str, ...],
     lags: str | None,
-    by: str,
+    by: str | None,
     patterns: tuple[str, ...],
     scheduler: str,
+    tls_ca: str | None,
+    tls_cert: str | None,
+    tls_key: str | None,
     workers: int | None,
     cache: str | None,
     no_cache: bool,
@@ -181,13 +198,14 @@ def pairs(
     from analyze.pairs_of_run import measure_pairs
     from analyze.tables import write_table
     from analyze.verdict import counted
-    from capture.store.target import check_target
 
     files = [text.removeprefix("file:") for text in references if text.startswith("file:")]
     wanted = parse_lags(lags)
+    if noise is not None and os.path.abspath(noise) == os.path.abspath(out):
+        raise click.UsageError("--noise and --out are two files")
     for path in (out, noise):
         if path is not None:
-            check_target(path, [*runs, *files])
+            parquet_target(path, [*runs, *files])
     chosen = grouping(patterns, by)
     groupings = ["model"] if chosen == "model" else ["model", chosen]
     place = cache_place(cache, no_cache)
@@ -200,7 +218,7 @@ def pairs(
                 streams=streams,
                 lags=wanted,
                 by=groupings,
-                scheduler=scheduler,
+                scheduler=cluster(scheduler, tls_ca, tls_cert, tls_key),
                 workers=workers,
                 progress=report,
                 cache=place,
@@ -225,14 +243,20 @@ def pairs(
 )
 @group_option
 @scheduler_option
+@tls_ca_option
+@tls_cert_option
+@tls_key_option
 @workers_option
 @click.option("--out", type=click.Path(), required=True, help="Parquet file to write.")
 def pca(
     run: str,
-    by: str,
+    by: str | None,
     patterns: tuple[str, ...],
     components: int,
     scheduler: str,
+    tls_ca: str | None,
+    tls_cert: str | None,
+    tls_key: str | None,
     workers: int | None,
     out: str,
 ) -> None:
@@ -246,15 +270,14 @@ def pca(
     from analyze.path_table import measure_path_table
     from analyze.tables import write_table
     from analyze.verdict import counted
-    from capture.store.target import check_target
 
-    check_target(out, [run])
+    parquet_target(out, [run])
     with progress_of(run) as report:
         table = measure_path_table(
             run,
             by=grouping(patterns, by),
             components=components,
-            scheduler=scheduler,
+            scheduler=cluster(scheduler, tls_ca, tls_cert, tls_key),
             workers=workers,
             progress=report,
         )
@@ -332,11 +355,14 @@ def schedule(
     show(f"{verdict}\n\n{found.describe()}")
     click.echo(f"{len(found.steps)} rates in {out}; next:", err=True)
     click.echo(f"  capture train … --lr-schedule {shlex.quote(out)}", err=True)
+    if factor == 1:
+        click.echo("  (followed as it is, it is often too bold: --factor 0.25 damps it)", err=True)
 
 
 def projected(run: str, references: tuple[str, ...], options: dict[str, Any]) -> str:
     """Say in one line what measuring a run will take."""
-    from analyze.projection import project_run
+    from analyze.projection import project_metric, project_run
 
-    passes = project_run(run, references, **options)
-    return f"{run}: {'; then '.join(map(str, passes)) or 'all was summed before, reads nothing'}"
+    passes = [str(each) for each in project_run(run, references, **options)]
+    passes += project_metric(run, references, streams=options["streams"], cache=options["cache"])
+    return f"{run}: {'; then '.join(passes) or 'all was summed before, reads nothing'}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import click
 
 from capture.command_line import Command
+
+_OTHER_FORMATS = (".csv", ".nc", ".zarr", ".tex", ".json", ".html", ".txt", ".xlsx")
 
 command = partial(click.command, cls=Command)
 
@@ -29,7 +31,6 @@ streams_option = click.option(
 by_option = click.option(
     "--by",
     type=click.Choice(["model", "layer", "tensor", "kind"]),
-    default="model",
     help="The tensors that are summed over. Default: model, all of them.",
 )
 group_option = click.option(
@@ -45,8 +46,17 @@ scheduler_option = click.option(
     default="threads",
     help="threads, or the tcp:// or tls:// address of a Dask scheduler. Default: threads.",
 )
+tls_ca_option = click.option(
+    "--tls-ca", type=click.Path(), help="For tls://, certificate of the authority, a PEM file."
+)
+tls_cert_option = click.option(
+    "--tls-cert", type=click.Path(), help="For tls://, your own certificate."
+)
+tls_key_option = click.option(
+    "--tls-key", type=click.Path(), help="For tls://, the key of your certificate."
+)
 workers_option = click.option(
-    "--workers", type=int, help="Number of threads. Default: one per processor."
+    "--workers", type=click.IntRange(1), help="Number of threads. Default: one per processor."
 )
 cache_option = click.option(
     "--cache",
@@ -56,16 +66,45 @@ cache_option = click.option(
 no_cache_option = click.option("--no-cache", is_flag=True, help="Sum again, and keep nothing.")
 
 
+def cluster(scheduler: str, ca: str | None, certificate: str | None, key: str | None) -> Any:
+    """Return the scheduler that was chosen, with its certificates where there are any."""
+    if not (ca or certificate or key):
+        return scheduler
+    from analyze.schedulers import Cluster
+
+    return Cluster(scheduler, ca, certificate, key)
+
+
+def parquet_target(path: str, inputs: Iterable[str]) -> None:
+    """Refuse a place where no table may be written, and the suffix of another format."""
+    from pathlib import PurePath
+
+    from capture.store.errors import UsageError
+    from capture.store.target import check_target
+
+    check_target(path, inputs)
+    if PurePath(path).suffix in _OTHER_FORMATS:
+        raise UsageError(
+            "this command writes Parquet",
+            where=path,
+            fix="let the name end in .parquet; `analyze export` writes other formats",
+        )
+
+
 def cache_place(cache: str | None, no_cache: bool) -> bool | str:
     """Say where moments are kept, in the words of `analyze.cache`."""
+    if cache is not None and (no_cache or not cache):
+        raise click.UsageError("--cache names a folder, and goes without --no-cache")
     return False if no_cache else True if cache is None else cache
 
 
-def grouping(patterns: tuple[str, ...], by: str) -> Any:
-    """Return the grouping that was chosen: patterns go before `--by`."""
+def grouping(patterns: tuple[str, ...], by: str | None) -> Any:
+    """Return the grouping that was chosen, by patterns or by name."""
     from analyze.groups import parse_groups
 
-    return parse_groups(patterns) if patterns else by
+    if patterns and by is not None:
+        raise click.UsageError("--group stands instead of --by: give one of them")
+    return parse_groups(patterns) if patterns else by or "model"
 
 
 @contextmanager

@@ -130,7 +130,8 @@ def export(inputs: tuple[str, ...], out: str) -> None:
 
     A TABLE is what `analyze compute` wrote; a RUN is measured against final, as a whole and by
     layer. CSV has every float in full, an empty field where it is NaN, and no units. NetCDF and
-    Zarr have a group for each stream; LaTeX has the numbers of the verdict.
+    Zarr have a group for each stream; LaTeX has medians and
+    quantiles of the parts of the verdict.
     """
     from analyze.export import export_inputs
 

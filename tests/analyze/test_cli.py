@@ -252,6 +252,9 @@ def test_tensors_are_grouped_by_what_their_names_match(folder: Path) -> None:
         (["=head"], "write LABEL=REGEX"),
         (["a=("], "no regular expression (missing )"),
         (["a=x", "a=y"], "a label twice"),
+        (["rest=head"], "this is what fits no pattern"),
+        (["a\udcff=head"], "not a group of tensors"),
+        (["a=nowhere"], "no tensor has such a name"),
     ],
 )
 def test_groups_that_are_none_are_refused(folder: Path, groups: list[str], words: str) -> None:
@@ -259,6 +262,32 @@ def test_groups_that_are_none_are_refused(folder: Path, groups: list[str], words
     done = analyze("compute", "runs/first.zarr", *options, "--out", "t.parquet")
     assert (done.exit_code, words in done.stderr) == (2, True), done.stderr
     assert not Path("t.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--group", "a=head", "--by", "layer"], "give one of them"),
+        (["--cache", "kept", "--no-cache"], "goes without --no-cache"),
+        (["--cache", ""], "--cache names a folder"),
+        (["--workers", "0"], "--workers"),
+    ],
+)
+def test_options_that_contradict_are_refused_whatever_is_kept(
+    folder: Path, options: list[str], words: str
+) -> None:
+    assert analyze("compute", "runs/first.zarr", "--out", "t.parquet").exit_code == 0
+    before = Path("t.parquet").read_bytes()
+    done = analyze("compute", "runs/first.zarr", *options, "--out", "t.parquet")
+    assert (done.exit_code, words in done.stderr) == (2, True), done.stderr
+    assert Path("t.parquet").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["compute", "pairs", "pca"])
+def test_a_name_that_promises_another_format_is_refused(folder: Path, command: str) -> None:
+    done = analyze(command, "runs/first.zarr", "--out", "t.csv")
+    assert (done.exit_code, Path("t.csv").exists()) == (2, False)
+    assert "let the name end in .parquet" in done.stderr
 
 
 def test_where_moments_are_kept_is_chosen(folder: Path) -> None:

@@ -36,7 +36,14 @@ def table(*names: str) -> TensorTable:
 def test_the_first_pattern_that_is_found_counts_and_groups_come_in_the_order_of_tensors() -> None:
     found = group_tensors(table("b.attn", "a.mlp", "a.attn"), {"a": r"^a\.", "all": "attn"})
     assert (found[0], found[1].tolist()) == (["all", "a"], [0, 1, 1])
-    assert group_tensors(table("x", "y"), {"never": "z"})[0] == [REST]
+    assert group_tensors(table("x", "y"), {"one": "x"})[0] == ["one", REST]
+
+
+def test_a_pattern_that_no_name_fits_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match=r"no tensor has such a name: first=\^0; they are called x"
+    ):
+        group_tensors(table("x", "y"), {"all": ".", "first": "^0"})
 
 
 def test_unknown_groupings_are_refused() -> None:

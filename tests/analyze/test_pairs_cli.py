@@ -138,3 +138,15 @@ def test_a_place_inside_a_run_is_refused(folder: Path, command: str) -> None:
     done = analyze(command, "runs/first.zarr", "--out", "runs/first.zarr/t.parquet")
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
     assert "inside a run" in done.stderr
+
+
+def test_two_tables_need_two_files(folder: Path) -> None:
+    done = analyze("pairs", "runs/first.zarr", "--noise", "./p.parquet", "--out", "p.parquet")
+    assert (done.exit_code, Path("p.parquet").exists()) == (2, False)
+    assert "--noise and --out are two files" in done.stderr
+
+
+def test_a_lag_beyond_every_step_is_no_lag(folder: Path) -> None:
+    done = analyze("pairs", "runs/first.zarr", "--lags", "9" * 22, "--out", "p.parquet")
+    assert done.exit_code == 2
+    assert "is no lag between two steps" in done.stderr

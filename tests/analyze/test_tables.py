@@ -21,7 +21,7 @@ from analyze.tables import (
     schema,
     write_table,
 )
-from capture.store import InputError, UnfinishedError, UnknownNameError
+from capture.store import InputError, UnfinishedError, UnknownNameError, UsageError
 from tests.analyze.dense import COLUMNS, GROUPS, PARAMETER_GROUP, dense_gradient, dense_update
 from tests.analyze.recorded import OPTIMIZER, TABLE, Values, random_run, read_rows, write_run
 
@@ -420,3 +420,23 @@ def test_the_name_of_the_run_is_as_typed(recorded: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(recorded.parent)
     table = measure_run("./run.zarr/", streams=["minibatch"])["model"]
     assert set(table["run"].to_pylist()) == {"./run.zarr/"}
+
+
+def test_another_weight_decay_is_asked_for(recorded: Path, tables: dict[str, pa.Table]) -> None:
+    """λ for every tensor but the one that nothing updates; nothing else changes."""
+    table = measure_run(str(recorded), ["final", "step:2"], weight_decay=0.25)["model"]
+    rows, decay = read_rows(recorded), np.where(PARAMETER_GROUP < 0, 0.0, 0.25)
+    for row in table.to_pylist():
+        if row["stream"] == "fixed" and row["step"] not in (2, 6):
+            w = rows["weights"][row["step"]]
+            reference = rows["weights"][-1 if row["reference"] == "final" else 2]
+            g = rows["fixed"][row["step"], row["batch"]]
+            dense = dense_gradient(g, w, reference, decay)
+            for name in (name for name in dense if name.endswith("_wd")):
+                assert row[name] == pytest.approx(dense[name], rel=1e-11)
+    others = [name for name in table.column_names if not name.endswith("_wd")]
+    assert table.select(others).to_pandas().equals(tables["model"].select(others).to_pandas())
+    assert "as asked for" in read_metadata(table)["runs"][0]["weight_decay"]
+    for wrong in (-1.0, np.nan, np.inf):
+        with pytest.raises(UsageError, match="is no weight decay"):
+            measure_run(str(recorded), weight_decay=wrong)

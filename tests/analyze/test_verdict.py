@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from analyze.tables import measure_run, schema
+from analyze.tables import concatenate, measure_run, schema
 from analyze.verdict import part_of, summarise, verdict
+from capture.store import Tensor, TensorTable, open_run
 from tests.analyze.recorded import Values, random_run, write_run
 
 TOTAL = 100
@@ -187,3 +188,44 @@ def test_a_long_reason_goes_on_in_the_next_line() -> None:
     assert text.splitlines()[first + 1].startswith("  ")
     assert max(map(len, text.splitlines())) <= 100
     assert f"γ⁰: {reason}" in " ".join(text.split())
+
+
+def test_a_layer_called_model_is_not_the_whole(tmp_path: Path) -> None:
+    """Its rows stand in the same table, under the same name."""
+    table = TensorTable(
+        (Tensor("model.weight", (3,), "F32", 0), Tensor("head.weight", (22,), "F32", 0))
+    )
+    draw = np.random.default_rng(0).standard_normal
+    streams = {"weights": draw((9, 25)).astype("f4"), "minibatch": draw((8, 25)).astype("f4")}
+    path = str(write_run(tmp_path / "run.zarr", streams, table=table))
+    whole, layers = measure_run(path, by=["model", "layer"]).values()
+    (alone,) = summarise(whole)
+    (mixed,) = summarise(concatenate([whole, layers]))
+    assert "model" in layers["group"].to_pylist()
+    assert repr(mixed.parts) == repr(alone.parts)
+    assert summarise(layers) == []
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_lies_before_a_branch_is_no_control(tmp_path: Path, same: bool) -> None:
+    """A branch that left at step 4, and a run that only says so."""
+    draw = np.random.default_rng(0).standard_normal
+    weights = draw((13, 25)).astype("f4")
+    main = write_run(
+        tmp_path / "main.zarr", {"weights": weights, "minibatch": draw((12, 25)).astype("f4")}
+    )
+    commits = open_run(main).stream("weights").commits
+    parent = {"run": "main", "step": 4, "weights_crc32c": list(commits[4 if same else 5].chunks)}
+    branch = draw((5, 25)).astype("f4")
+    write_run(tmp_path / "branch.zarr", {"weights": branch}, parent=parent)
+    (table,) = measure_run(str(main), [f"run:{tmp_path / 'branch.zarr'}"]).values()
+    (found,) = summarise(table)
+    parts = {part.name: part.n for part in found.parts}
+    text = verdict(table)
+    if same:
+        # Steps 0 to 3; then 4 to 11 in thirds of the 8 updates from 4 to T = 12.
+        assert parts == {"before": 4, "early": 3, "middle": 3, "late": 2}
+        assert "before: t < 4, where the branch had not left this run yet" in text
+    else:
+        assert parts == {"early": 4, "middle": 4, "late": 4}
+        assert "before:" not in text
