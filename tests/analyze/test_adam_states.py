@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from torch import optim
 
 from analyze.cli import main
+from analyze.projection import project_metric
 from analyze.tables import measure_run
 from capture.store import MappedShard
 from capture.store.attributes import attributes_checksum
@@ -225,3 +226,19 @@ def test_a_run_that_still_records_keeps_no_sums(tmp_path: Path) -> None:
     (table,) = measure_run(str(path), ["step:0"]).values()
     assert steps_with_metric(table)[0] == 4
     assert not (tmp_path / "run.moments").exists()
+
+
+def test_what_the_metric_will_read_is_said_before(tmp_path: Path) -> None:
+    path = tmp_path / "run.zarr"
+    train(path, partial(optim.Adam, **PLAIN), keep_state="8", total=17)
+    kept = sorted((path / "weights/value/.straightway/kept").glob("*.safetensors"))
+    words = project_metric(str(path))
+    assert len(words) == 1
+    assert (
+        f"{len(kept)} kept states of {sum(f.stat().st_size for f in kept) / 1e3:.3g} kB" in words[0]
+    )
+    measure_run(str(path))
+    assert project_metric(str(path)) == []
+    assert project_metric(str(path), cache=False) == words
+    train(tmp_path / "other.zarr", partial(optim.Adam, **PLAIN), keep_state=None, total=5)
+    assert project_metric(str(tmp_path / "other.zarr")) == []
