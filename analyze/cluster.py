@@ -127,9 +127,11 @@ def _collect(client: Any, address: str, futures: list[Any], take: Take, report: 
         for future, result in batch:
             if isinstance(result, _Failure):
                 raise result.error
-            if future.status != "finished":
-                # The error, or its class, value and traceback.
-                raise result if isinstance(result, BaseException) else result[1]
+            if isinstance(result, BaseException):
+                raise result
+            if future.status == "error":  # its class, value and traceback
+                raise result[1]
+            # The worker may be gone by now, and the future no longer finished: its result is here.
             take(place[future.key], result)
             done += 1
             report(done, total)
