@@ -24,9 +24,9 @@ class SpilledChunks:
     """Inner chunks of D coordinates of one dtype, each made when it is first asked for.
 
     They lie in the folder for temporary files (`TMPDIR`), D · itemsize in all. The file has no
-    name from the start, so the system frees it whichever way the process ends. `bytes_once` is what
-    `make` reads for all chunks. `make` gives one
-    chunk ``[C]``; several threads may ask at once. `WriteError` where there is no room.
+    name from the start, so the system frees it whichever way the process ends. `make` gives one
+    chunk ``[C]``, and `bytes_once` is what it reads for all of them; several threads may ask at
+    once. `WriteError` where there is no room.
     """
 
     def __init__(

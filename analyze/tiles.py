@@ -34,7 +34,6 @@ class Tiles:
     """
 
     def __init__(self, run: Run, stream: Stream, rows: Integers) -> None:
-        self._stack = ExitStack()
         self.num_rows = len(rows)
         numbers: list[int] = rows.tolist()
         with ExitStack() as stack:
