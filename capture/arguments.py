@@ -14,7 +14,7 @@ from capture.store.errors import UsageError
 TAKEN_ATTRIBUTES = OWN_ATTRIBUTES | {
     *("optimizer", "schedules", "total_steps", "initial_norm_by_tensor", "frozen_digests"),
     *("optimizer_had_state", "gradient_missing", "frozen_changed", "not_stored", "probes"),
-    "optimizer_parameters",
+    *("optimizer_parameters", "clipping"),
 }
 TABLES = ("config", "versions", "seeds")
 
@@ -39,6 +39,31 @@ def parse_steps(text: str | None) -> list[int] | None:
     if not all(part.isdecimal() for part in parts):
         raise UsageError("no list of steps", where=repr(text), fix="write 0,100,200")
     return [int(part) for part in parts]
+
+
+def with_config(
+    attributes: Mapping[str, Any], config: Mapping[str, Any] | None
+) -> Mapping[str, Any]:
+    """Put the settings of a loop among the attributes of its run, as the table `config`.
+
+    Raises `UsageError` for settings that are no dict of JSON values, and for two of them.
+    """
+    if config is None:
+        return attributes
+    if not isinstance(config, Mapping):
+        kind = type(config).__name__
+        raise UsageError(
+            "config must be a dict", where=f"config is a {kind}", fix="such as vars(args)"
+        )
+    if "config" in attributes:
+        raise UsageError(
+            "the settings are given twice",
+            where="config, attributes['config']",
+            fix="give config alone",
+        )
+    for name, value in config.items():
+        require_json(f"config[{name!r}]", value)
+    return {**attributes, "config": dict(config)}
 
 
 def require_attributes(attributes: Mapping[str, Any]) -> None:

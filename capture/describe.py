@@ -148,6 +148,7 @@ def describe(model: nn.Module, optimizer: optim.Optimizer) -> Description:
 
 def check_parameters(model: nn.Module) -> None:
     """Raise `UnsupportedModelError`, naming it, for what cannot be recorded."""
+    _check_unsharded(model)
     for name, parameter in model.named_parameters():
         _check_tensor(name, parameter, trainable=parameter.requires_grad)
     if not any(p.numel() for p in model.parameters() if p.requires_grad):
@@ -155,6 +156,26 @@ def check_parameters(model: nn.Module) -> None:
             "the model has no trainable parameter",
             where=type(model).__name__,
             fix="set requires_grad before the recorder is attached",
+        )
+
+
+def _check_unsharded(model: nn.Module) -> None:
+    """Refuse FSDP, under which each rank has pieces of the parameters that look like parameters.
+
+    By the name of the wrapper, and by the mark on what it flattened where the wrapper was taken
+    off, as `accelerate` does.
+    """
+    wrapped = [
+        name
+        for name, module in model.named_modules()
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
+    ]
+    marked = [n for n, p in model.named_parameters() if getattr(p, "_fsdp_flattened", False)]
+    if wrapped or marked:
+        raise UnsupportedModelError(
+            "a model that FullyShardedDataParallel shards cannot be recorded",
+            where=repr([*wrapped, *marked][0] or type(model).__name__),
+            fix="use plain DDP",
         )
 
 

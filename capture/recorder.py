@@ -28,34 +28,23 @@ from capture.arguments import (
     require_state,
     require_unclipped,
     require_whole,
+    with_config,
 )
 from capture.clipping import GradientWatch
 from capture.describe import describe, optimizer_facts
 from capture.hooks import StepHooks
 from capture.interruption import Interrupted
-from capture.opening import (
-    RunPlan,
-    finished_step,
-    holds_nothing,
-    note_frozen,
-    open_writer,
-    start_over,
-)
+from capture.opening import RunPlan, finished_step
 from capture.ranks import require_rank
-from capture.resume import Moment, ResumeStates, Stateful
+from capture.recording import Recording
+from capture.resume import Moment, Stateful
 from capture.schedule import Schedule, parse_schedule
-from capture.snapshots import (
-    Snapshots,
-    Update,
-    require_scalar,
-    stream_schedules,
-)
+from capture.snapshots import Snapshots
 from capture.sources import Source, require_sources
-from capture.state import load_newest
-from capture.store import SnapshotQueue, StraightwayError
 from capture.store.layout import WEIGHTS
-from capture.store.place import remove, target_of
-from capture.streams import MINIBATCH
+from capture.store.place import target_of
+from capture.streams import MINIBATCH, stream_schedules
+from capture.update import Told, Update
 
 logger = logging.getLogger("capture")
 
@@ -73,8 +62,11 @@ class Recorder:
             only.
         total_steps: Length of the run in updates, for the schedule ``log:N``.
         steps_per_epoch: Lets `epoch` follow the steps, where the loop does not set it.
-        attributes: Entries for the run's attributes (config, seeds, …); JSON values, under names
-            that the run does not use itself.
+        config: The settings of your loop, such as ``{"lr": 0.1, "width": 64}`` or ``vars(args)``:
+            a dict of JSON values. They stay with the run; `capture info` shows them, and
+            ``analyze compare --group-by lr,width`` groups runs by them.
+        attributes: Further entries for the run's attributes, such as ``{"seeds": {"seed": 0}}``;
+            JSON values, under names that the run does not use itself.
         checkpoint_every: Save a resume state after every so many updates.
         keep_state: After which updates a resume state is kept for good, for branches and for the
             quantities in Adam's metric, and the weights are saved; as `every`.
@@ -128,6 +120,7 @@ class Recorder:
         gradients: str | Sequence[str] | None = (MINIBATCH,),
         total_steps: int | None = None,
         steps_per_epoch: int | None = None,
+        config: Mapping[str, Any] | None = None,
         attributes: Mapping[str, Any] | None = None,
         checkpoint_every: int | None = None,
         keep_state: int | str | None = None,
@@ -142,54 +135,34 @@ class Recorder:
         self.restored: dict[str, Any] | None = None
         self._steps_per_epoch = steps_per_epoch
         self._checkpoint_every = checkpoint_every
-        self._keep = (
-            None
-            if keep_state is None
-            else parse_schedule(
-                keep_state, total_steps=total_steps, steps_per_epoch=steps_per_epoch
-            )
-        )
         self._unclipped = 1.0 if clipped is False else math.nan
         self._epoch: float | None = None
-        self._logged: dict[str, float | Tensor] = {}
-        self._clip_factor: float | Tensor | None = None
+        self._told = Told()
         self._update = Update(0, None, math.nan)
         self._skipped = False
-        self._hooks: StepHooks | None = None
-        self._watch: GradientWatch | None = None
-        self._snapshots: Snapshots | None = None
 
         is_writing_rank = require_rank(resume)
         require_whole("total_steps", total_steps, 0, optional=True)
         require_whole("steps_per_epoch", steps_per_epoch, 1, optional=True)
         require_whole("checkpoint_every", checkpoint_every, 1, optional=True)
         require_unclipped(clipped)
-        require_attributes(attributes or {})
+        attributes = with_config(attributes or {}, config)
+        require_attributes(attributes)
         require_state(state or {})
         facts = optimizer_facts(optimizer)
         self._seen = describe(model, optimizer)
-        self._schedules = stream_schedules(
+        schedules = stream_schedules(
             every, gradients, total_steps, steps_per_epoch, tuple(sources or ())
         )
-        self._sources = require_sources(sources or {}, self._schedules)
-        if self._keep is not None:
-            self._schedules[WEIGHTS] = self._schedules[WEIGHTS].union(self._keep)
-        if is_writing_rank:
-            plan = RunPlan(
-                self.path,
-                self._seen,
-                facts,
-                self._schedules,
-                total_steps,
-                attributes or {},
-                self._sources,
-            )
-            self._open(plan, state or {}, resume)
-        self._recording = not self.complete
-        if self._recording:
-            self._hooks = StepHooks(optimizer, self._before_step, self._after_step)
-        if self._recording and self._snapshots is not None:
-            self._watch = GradientWatch(self._seen.parameters)
+        sources = require_sources(sources or {}, schedules)
+        self._keep: Schedule | None = None
+        if keep_state is not None:
+            lengths = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
+            self._keep = parse_schedule(keep_state, **lengths)
+            schedules[WEIGHTS] = schedules[WEIGHTS].union(self._keep)
+        plan = RunPlan(self.path, self._seen, facts, schedules, total_steps, attributes, sources)
+        self._run = self._open(plan, state or {}, resume) if is_writing_rank else None
+        self._attach()
 
     # What a loop may tell and ask.
 
@@ -207,10 +180,7 @@ class Recorder:
     def log(self, **values: float | Tensor) -> None:
         """Keep scalars of the coming update, the loss above all: call it before the step."""
         for name, value in values.items():
-            require_scalar(name, value)
-            # A tensor may be reused before the step. One on a GPU is not waited for.
-            kept = value.detach().clone().reshape(()) if isinstance(value, Tensor) else value
-            self._logged[name] = kept
+            self._told.log(name, value)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip like `torch.nn.utils.clip_grad_norm_` over all trainable tensors; keep the factor.
@@ -218,7 +188,7 @@ class Recorder:
         Returns the norm of all gradients before clipping.
         """
         total = nn.utils.clip_grad_norm_(self._seen.parameters, max_norm, norm_type)
-        self._clip_factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        self._told.clipped(max_norm, norm_type, total)
         if self._watch is not None:
             self._watch.note()
         return total
@@ -229,8 +199,8 @@ class Recorder:
         `extra` is what the loop itself must know again; it comes back as `restored`. Every row so
         far is on disk before the state is.
         """
-        if self._snapshots is not None and self._recording:
-            self._states.save(Moment(self.step, self._epoch, self._is_kept()), extra)
+        if self._run is not None and self._recording:
+            self._run.states.save(Moment(self.step, self._epoch, self._is_kept()), extra)
 
     @property
     def bytes_written(self) -> int:
@@ -244,66 +214,63 @@ class Recorder:
 
     # Opening.
 
-    def _open(self, plan: RunPlan, state: Mapping[str, Stateful], resume: bool) -> None:
+    def _open(self, plan: RunPlan, state: Mapping[str, Stateful], resume: bool) -> Recording | None:
+        """Open the run, and take over where it stands; `None` for one that is complete."""
         finished = finished_step(plan) if resume else None
         if finished is not None:
             self.complete, self.step = True, finished
-            return
-        self._writer, self._created = open_writer(plan, resume)
-        try:
-            found = load_newest(self._writer.state_folder) if resume else None
-            if resume and found is None:
-                start_over(plan, self._writer)
-            queue = SnapshotQueue(self._writer)
-            self._snapshots = Snapshots(self._seen, self._schedules, queue, self._sources)
-            self._states = ResumeStates(self._seen, state, self._writer, self._snapshots)
-            if found is not None:
-                self.step, tree, notices = found
-                for notice in notices:
-                    logger.warning("%s", notice)
-                self._states.restore(self.step, tree)
-                self._epoch, self.restored = tree["epoch"], tree["extra"]
-        except BaseException:
-            if self._snapshots is not None:
-                self._snapshots.close()
-            self._writer.close()
-            raise
+            return None
+        run = Recording(plan, state, resume)
+        self.step, self._epoch, self.restored = run.step, run.epoch, run.restored
+        return run
+
+    def _attach(self) -> None:
+        """Hook into the optimizer, and watch the gradients where their clip factors are kept."""
+        self._recording = not self.complete
+        self._hooks: StepHooks | None = None
+        self._watch: GradientWatch | None = None
+        if self._recording:
+            self._hooks = StepHooks(self._seen.optimizer, self._before_step, self._after_step)
+        if self._run is not None:
+            self._watch = GradientWatch(self._seen.parameters)
+
+    @property
+    def _snapshots(self) -> Snapshots | None:
+        return None if self._run is None else self._run.snapshots
 
     # Around each step of the optimizer.
 
     @torch.no_grad()
     def _before_step(self, loss: Any) -> None:
-        if self._snapshots is not None:
-            self._states.finish()
-        if "loss" not in self._logged and isinstance(loss, float | Tensor):
+        if self._run is not None:
+            self._run.states.finish()
+        told = self._told
+        if "loss" not in told.logged and isinstance(loss, float | Tensor):
             self.log(loss=loss)
-        clip_factor = self._unclipped if self._clip_factor is None else self._clip_factor
+        clip_factor = self._unclipped if told.clip_factor is None else told.clip_factor
         # A fused optimizer under a GradScaler unscales within its kernel, so here that is undone.
         # Whether its step counts is known on the device alone: this one wait cannot be avoided.
         self._skipped = self._is_skipped()
         scale = getattr(self._seen.optimizer, "grad_scale", None)
         scale = None if scale is None else float(scale)
-        if self._watch is not None and not self._skipped:
-            clip_factor = self._watch.known(clip_factor)
-        self._update = Update(self.step, self.epoch, clip_factor, scale)
-        if self._snapshots is not None and not self._skipped:
-            self._snapshots.begin(self._update)
+        changed = self._watch is not None and not self._skipped and self._watch.changed()
+        clip_factor = math.nan if changed else clip_factor
+        self._update = Update(self.step, self.epoch, clip_factor, scale, changed)
+        if self._run is not None and not self._skipped:
+            self._run.snapshots.begin(self._update)
 
     @torch.no_grad()
     def _after_step(self) -> None:
-        logged = {
-            name: value if isinstance(value, Tensor) else float(value)
-            for name, value in self._logged.items()
-        }
-        self._logged, self._clip_factor = {}, None
+        told, self._told = self._told, Told()
         if self._skipped:
             return
-        if self._snapshots is not None:
-            self._snapshots.end(self._update, logged)
+        if self._run is not None:
+            self._run.snapshots.end(self._update, told.logged)
+            self._run.states.clipping.count(self.step, told.limit, self._update.changed)
         self.step += 1
         due = self._checkpoint_every and self.step % self._checkpoint_every == 0
-        if (due or self._is_kept()) and self._snapshots is not None:
-            self._states.begin(self.step, self._epoch, self._is_kept())
+        if (due or self._is_kept()) and self._run is not None:
+            self._run.states.begin(self.step, self._epoch, self._is_kept())
 
     def _is_kept(self) -> bool:
         return self._keep is not None and self._keep.due(self.step)
@@ -331,38 +298,20 @@ class Recorder:
 
     def close(self) -> None:
         """Save w_T and mark the run complete; closing twice is harmless."""
-        snapshots = self._detach()
-        if snapshots is None:
+        run = self._detach()
+        if run is None:
             return
-        try:
-            with torch.no_grad():
-                snapshots.final(self.step, self.epoch)
-            self._states.note_missing()
-            concerns = note_frozen(self._seen, self._writer) + snapshots.concerns(self.step)
-            self._writer.finish(self.step)
-            self.complete = True
-        finally:
-            self._end(snapshots)
+        concerns = run.finish(self.step, self.epoch)
+        self.complete = True
         for concern in concerns:
             warnings.warn(concern, stacklevel=2)
 
     def _abandon(self, error: BaseException) -> None:
         """Leave after an exception: what was queued is written, the run stays incomplete."""
-        snapshots = self._detach()
-        if snapshots is None:
+        run = self._detach()
+        if run is None:
             return
-        try:
-            snapshots.rescue()
-            self._writer.flush()
-            self._states.note_missing()
-            if self._created and holds_nothing(self._writer):
-                # So that it is not in the way of the corrected loop.
-                remove(self._writer.path)
-        except StraightwayError as failure:
-            if failure is not error:
-                logger.warning("%s", failure)
-        finally:
-            self._end(snapshots)
+        run.abandon(error)
         # An interruption says itself how to go on.
         if self.path.exists() and not isinstance(error, Interrupted):
             logger.warning(
@@ -372,15 +321,11 @@ class Recorder:
                 self.path,
             )
 
-    def _detach(self) -> Snapshots | None:
-        """Remove the hooks; return the snapshots of a run that is still open."""
+    def _detach(self) -> Recording | None:
+        """Remove the hooks; return the run if it is still open."""
         if self._hooks is not None:
             self._hooks.remove()
         if self._watch is not None:
             self._watch.remove()
         recording, self._recording = self._recording, False
-        return self._snapshots if recording else None
-
-    def _end(self, snapshots: Snapshots) -> None:
-        snapshots.close()
-        self._writer.close()
+        return self._run if recording else None

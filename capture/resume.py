@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from capture.clipping import Clipping
 from capture.describe import Description
 from capture.rng import restore_rng_state, rng_state
 from capture.snapshots import Snapshots
@@ -41,7 +42,10 @@ class Moment:
 
 
 class ResumeStates:
-    """Saves and restores the resume states of one recorder; `objects` are the user's, by name."""
+    """Saves and restores the resume states of one recorder; `objects` are the user's, by name.
+
+    `clipping` is what was seen of it so far.
+    """
 
     def __init__(
         self,
@@ -55,6 +59,7 @@ class ResumeStates:
         self._writer = writer
         self._snapshots = snapshots
         self._begun: Moment | None = None
+        self.clipping = Clipping()
 
     def begin(self, step: int, epoch: float | None, keep: bool = False) -> None:
         """Take a state after update `step`, within the optimizer's own call.
@@ -81,7 +86,7 @@ class ResumeStates:
         self._begun = None
         self._snapshots.drain()
         self._writer.flush()
-        self.note_missing()
+        self.note_counts()
         tree = {
             "model": {**self._seen.model.state_dict(), **moment.beside},
             "optimizer": self._seen.optimizer.state_dict(),
@@ -90,6 +95,7 @@ class ResumeStates:
             "epoch": moment.epoch,
             "epoch_begun": self._snapshots.epoch_begun,
             "gradient_missing": self._snapshots.gradient_missing,
+            "clipping": self.clipping.to_json(),
             "extra": extra,
         }
         # First: a training that stops between the two resumes before this step, and keeps it then.
@@ -113,16 +119,23 @@ class ResumeStates:
             entry.load_state_dict(saved[name])
         self._snapshots.epoch_begun = tree["epoch_begun"]
         self._snapshots.gradient_missing = Counter(tree["gradient_missing"])
+        # States of earlier versions do not tell of it.
+        self.clipping = Clipping.from_json(tree.get("clipping", {}))
         restore_rng_state(tree["rng"])
 
-    def note_missing(self) -> None:
-        """Keep in the attributes for which tensors there was no gradient, and how many times.
+    def note_counts(self) -> None:
+        """Keep in the attributes for how many updates a tensor had no gradient, and of clipping.
 
         Nothing may be under way to the disk.
         """
-        missing = dict(sorted(self._snapshots.gradient_missing.items()))
-        if self._writer.attributes.get("gradient_missing", {}) != missing:
-            self._writer.update_attributes(gradient_missing=missing)
+        counts = {
+            "gradient_missing": dict(sorted(self._snapshots.gradient_missing.items())),
+            "clipping": self.clipping.to_json(),
+        }
+        kept = self._writer.attributes
+        news = {name: count for name, count in counts.items() if kept.get(name, {}) != count}
+        if news:
+            self._writer.update_attributes(**news)
 
 
 def _names(objects: Mapping[str, Any]) -> str:

@@ -6,10 +6,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -19,41 +17,16 @@ from torch import Tensor
 from capture.describe import Description
 from capture.norms import Norms, WeightsCopy
 from capture.scalars import PendingScalars, on_device
-from capture.schedule import Schedule, parse_schedule
+from capture.schedule import Schedule
 from capture.sources import Source, gradient_of, loss_of
 from capture.staging import HostCopies
-from capture.store import SnapshotQueue, Staging, UsageError
-from capture.store.layout import METADATA, UPDATES, WEIGHTS
-from capture.streams import MINIBATCH, parse_streams
+from capture.store import SnapshotQueue, Staging
+from capture.store.layout import UPDATES, WEIGHTS
+from capture.streams import MINIBATCH
+from capture.update import Update
 from capture.update_norms import SgdUpdateNorms
 
 logger = logging.getLogger("capture")
-
-MAX_NAME = 100
-
-# Every-step scalars that are written here; a loop may log `loss` and any other name.
-OWN_SCALARS = (
-    *("epoch", "lr", "clip_factor", "grad_norm", "update_norm", "grad_norm_by_tensor"),
-    *("update_norm_by_tensor", "group_lr", "group_momentum", "group_weight_decay"),
-)
-
-
-@dataclass
-class Update:
-    """What is known of update t between the hooks before and after it.
-
-    `scale` is what a `GradScaler` multiplied the gradients with, for a fused optimizer; `told` is
-    whether the optimizer's own state tells the norm of the update, so that w_t need not be kept.
-    """
-
-    step: int
-    epoch: float | None
-    clip_factor: float | Tensor
-    scale: float | None = None
-    told: bool = False
-    streams: list[str] = field(default_factory=list)
-    scalars: dict[str, Any] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
 
 
 class Snapshots:
@@ -263,47 +236,6 @@ class Snapshots:
 
     def _copy_weights(self, staging: Staging) -> None:
         self._copies.copy_weights(staging, self._seen.parameters, self._seen.buffers)
-
-
-def require_scalar(name: str, value: Any) -> None:
-    """Raise `UsageError` for a name that is taken or bad, and for what is no real number."""
-    if name in OWN_SCALARS:
-        raise UsageError("the recorder itself logs this scalar", where=name, fix="rename it")
-    sound = name.isprintable() and "/" not in name and not name.startswith(".")
-    if not sound or not 0 < len(name) <= MAX_NAME or name == METADATA:
-        raise UsageError(
-            "not a name for a scalar",
-            where=repr(name[: MAX_NAME + 1]),
-            fix=f"use letters, digits and _, at most {MAX_NAME}",
-        )
-    if isinstance(value, Tensor):
-        number = value.numel() == 1 and not value.is_complex()
-    else:
-        number = isinstance(value, Real)
-    if not number:
-        raise UsageError("not a scalar that a loop can log", where=name, fix="log one real number")
-
-
-def stream_schedules(
-    every: int | str | Schedule,
-    gradients: str | Sequence[str] | None,
-    total_steps: int | None,
-    steps_per_epoch: int | None,
-    others: Collection[str] = (),
-) -> dict[str, Schedule]:
-    """Give every stream its schedule, `weights` first; those without their own follow `every`.
-
-    Raises `UsageError` for an unknown stream or a schedule that does not parse.
-    """
-
-    def parse(text: int | str) -> Schedule:
-        return parse_schedule(text, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
-
-    main = every if isinstance(every, Schedule) else parse(every)
-    text = gradients if isinstance(gradients, str) else ",".join(gradients or ()) or "none"
-    requests = parse_streams(text, others)
-    own = {r.name: main if r.schedule is None else parse(r.schedule) for r in requests}
-    return {WEIGHTS: main, **own}
 
 
 def _row(values: Sequence[Any]) -> list[float] | Tensor:

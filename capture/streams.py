@@ -7,11 +7,12 @@ that are saved, which `capture.gradients` takes.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from capture.schedule import parse_schedule
+from capture.schedule import Schedule, parse_schedule
 from capture.store.errors import UsageError
+from capture.store.layout import WEIGHTS
 
 MINIBATCH = "minibatch"
 FULL, FULL_EVAL = "full", "full-eval"
@@ -62,6 +63,28 @@ def parse_streams(text: str, others: Collection[str] = ()) -> tuple[StreamReques
         if names.count(name) > 1:
             raise UsageError("a gradient stream is named twice", where=name, fix="name it once")
     return tuple(requests)
+
+
+def stream_schedules(
+    every: int | str | Schedule,
+    gradients: str | Sequence[str] | None,
+    total_steps: int | None,
+    steps_per_epoch: int | None,
+    others: Collection[str] = (),
+) -> dict[str, Schedule]:
+    """Give every stream its schedule, `weights` first; those without their own follow `every`.
+
+    Raises `UsageError` for an unknown stream or a schedule that does not parse.
+    """
+
+    def parse(text: int | str) -> Schedule:
+        return parse_schedule(text, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+
+    main = every if isinstance(every, Schedule) else parse(every)
+    text = gradients if isinstance(gradients, str) else ",".join(gradients or ()) or "none"
+    requests = parse_streams(text, others)
+    own = {r.name: main if r.schedule is None else parse(r.schedule) for r in requests}
+    return {WEIGHTS: main, **own}
 
 
 def _split(text: str) -> list[str]:
