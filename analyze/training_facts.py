@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -129,19 +129,49 @@ def _clipping(run: Provenance) -> Iterator[str]:
     factors: Floats = run.scalars.get("clip_factor", np.empty(0))
     steps = "updates" if run.every_update else "measured steps"
     known = factors[np.isfinite(factors)]
-    unknown, clipped = len(factors) - len(known), known[known < 1]
-    as_entered = "minibatch gradients are taken as they entered the update"
-    if not known.size:
-        yield f"Whether gradients were clipped {run.missing()}: {as_entered}."
-    elif not clipped.size:
+    clipped = known[known < 1]
+    if known.size and not clipped.size:
         yield f"No gradient was clipped in the {len(known):,} {steps} whose factor is known."
-    else:
+    elif known.size:
         yield (
-            f"Gradients were clipped in {len(clipped):,} of the {len(known):,} {steps} whose "
-            f"factor is known, by factors down to {clipped.min():.3g}; quantities are of the "
-            "unclipped gradient there."
+            f"Gradients were clipped{_clip_norm(run)} in {len(clipped):,} of the {len(known):,} "
+            f"{steps} whose factor is known, by factors down to {clipped.min():.3g}; quantities "
+            "are of the unclipped gradient there."
         )
-    if unknown and known.size:
+    yield from _unknown_factors(run, len(factors) - len(known), bool(known.size), steps)
+
+
+def _clip_norm(run: Provenance) -> str:
+    """To which norm the recorder clipped, ` to norm 0.25`; empty where unknown."""
+    own = run.entry("clipping").get("recorder")
+    if not isinstance(own, Mapping):
+        return ""
+    bounds, kinds = own.get("max_norm"), own.get("norm_type")
+    if not isinstance(bounds, list) or not all(isinstance(each, float) for each in bounds):
+        return ""
+    others = [number(kind) or "" for kind in kinds if kind != 2] if isinstance(kinds, list) else []
+    order = f" ({math('p =')} {_joined(others)})" if others else ""
+    return f" to norm {span(np.array(bounds))}{order}" if bounds else ""
+
+
+def _unknown_factors(
+    run: Provenance, unknown: int, others_known: bool, steps: str
+) -> Iterator[str]:
+    """Say of updates without a known clip factor what the recorder noticed of them, if it did."""
+    loop = run.entry("clipping").get("loop")
+    changed = loop.get("updates") if isinstance(loop, Mapping) else None
+    as_entered = "minibatch gradients are taken as they entered the update"
+    if is_whole(changed) and changed:
+        yield (
+            f"In {changed:,} updates the training loop itself changed gradients between the "
+            "backward pass and the step, as clipping does, by factors that are not known: there "
+            f"{as_entered}."
+        )
+        unknown -= changed if run.every_update else unknown
+        others_known = True
+    if not others_known:
+        yield f"Whether gradients were clipped {run.missing()}: {as_entered}."
+    elif unknown > 0:
         yield f"Of {unknown:,} further {steps} the factor is not known: there {as_entered}."
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from capture.batches import BatchOrder
+from capture.config import is_of_train
 from capture.describe import describe
 from capture.rng import restore_rng_state
 from capture.state import kept_steps, load_kept
@@ -110,7 +111,7 @@ def open_branch(text: str) -> Branch:
     if not at or not path or not step.isdecimal():
         raise UsageError("no branch", where=repr(text), fix="write RUN.zarr@STEP")
     run = open_run(path)
-    if "optimizer" not in (run.attributes.get("config") or {}):
+    if not is_of_train(run.attributes):
         raise UsageError(
             "the run was not recorded by capture train, so its training cannot go on here",
             where=run.path,

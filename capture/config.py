@@ -157,6 +157,15 @@ class TrainConfig:
         return ", ".join(differing) or None
 
 
+def is_of_train(attributes: Mapping[str, Any]) -> bool:
+    """Whether `capture train` made the run, so that its `config` is a `TrainConfig`.
+
+    It alone keeps a checksum of the samples.
+    """
+    data = attributes.get("data")
+    return isinstance(data, Mapping) and "samples_crc32c" in data
+
+
 def read_config(
     file: str | PathLike[str] | None = None, flags: Mapping[str, Any] | None = None
 ) -> TrainConfig:

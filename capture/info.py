@@ -6,6 +6,7 @@ import math
 import os
 from typing import Any
 
+from capture.config import is_of_train
 from capture.importing import IMPORTED
 from capture.progress import format_bytes
 from capture.store import DamagedError, Run, open_run
@@ -19,13 +20,16 @@ SHOWN = (
     *("batch_size", "epochs", "max_steps", "seed", "data_seed", "device"),
 )
 
+TRAIN, IMPORT, RECORDER = "capture train", "capture import", "a Recorder"
+
 
 def describe_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Describe the run at `path`: status, sizes, and the recorded steps of every stream.
 
-    `final_step` is `None` while a run is not complete, `being_recorded` tells whether a process
-    has its lock, `settings` has the smallest and the largest value of the first parameter group's
-    learning rate and momentum so far. Raises `NotARunError`, `DamagedError`.
+    `final_step` is `None` while a run is not complete, `made_by` is "capture train", "capture
+    import" or "a Recorder", `being_recorded` tells whether a process has its lock, `settings` has
+    the smallest and the largest value of the first parameter group's learning rate and momentum so
+    far. Raises `NotARunError`, `DamagedError`.
     """
     run = open_run(path)
     names = ("optimizer", "config", "versions", "seeds", IMPORTED)
@@ -43,6 +47,7 @@ def describe_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {
         "run": os.fspath(path),
         "status": run.status,
+        "made_by": _maker(run),
         "being_recorded": _is_being_recorded(run.path),
         "final_step": run.final_step,
         "n_parameters": run.table.num_parameters,
@@ -71,12 +76,12 @@ def format_description(description: dict[str, Any]) -> str:
             f"in {description['tensors']} tensors",
         ),
     ]
-    facts = [f"{key} {config[key]}" for key in SHOWN if config.get(key) is not None]
-    if facts:
-        lines.append(("training", ", ".join(facts)))
+    own_loop = description["made_by"] == RECORDER
+    if facts := _facts(config, own_loop):
+        lines.append(("settings" if own_loop else "training", ", ".join(facts)))
     if description[IMPORTED]:
         lines.append((IMPORTED, _import_words(description)))
-    elif "lr" not in config:
+    elif own_loop or "lr" not in config:
         settings = [
             f"{name} {low:g}" if low == high else f"{name} {low:g} to {high:g}"
             for name, (low, high) in description["settings"].items()
@@ -87,6 +92,24 @@ def format_description(description: dict[str, Any]) -> str:
         lines.append((name, _stream_words(stream)))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+
+
+def _maker(run: Run) -> str:
+    """Who wrote the run: `capture train`, `capture import`, or a loop of one's own."""
+    if IMPORTED in run.attributes:
+        return IMPORT
+    return TRAIN if is_of_train(run.attributes) else RECORDER
+
+
+def _facts(config: dict[str, Any], own_loop: bool) -> list[str]:
+    """What a person wants to see first; of a loop of one's own, every plain setting."""
+    others = [key for key in config if own_loop and key not in (*SHOWN, "model")]
+    shown = [key for key in (*SHOWN, *others) if isinstance(config.get(key), str | int | float)]
+    return [f"{key} {_printable(str(config[key]))}" for key in shown]
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else repr(text)
 
 
 def _status_words(description: dict[str, Any]) -> str:

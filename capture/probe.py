@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from capture.config import TrainConfig
+from capture.config import TrainConfig, is_of_train
 from capture.describe import describe
 from capture.gradients import Probe
+from capture.importing import IMPORTED
 from capture.progress import TrainingProgress, format_bytes
 from capture.provenance import data_difference, data_facts
 from capture.schedule import parse_schedule
@@ -36,6 +37,9 @@ from capture.train import Training, deterministic, prepare
 
 logger = logging.getLogger("capture")
 
+# Settings that mean the same in the `config` of a run that a loop of one's own recorded.
+OF_ANY_LOOP = ("task", "model", "task_args", "model_args", "batch_size", "data_seed")
+
 
 @dataclass(frozen=True)
 class Probed:
@@ -57,7 +61,14 @@ def probe_run(
     A stream follows its own schedule where it has one, else every saved step; `steps` limits all of
     them. What a call that was interrupted has added stays, and the same call goes on behind it.
     `replace_streams` drops what there is first. `changes` are entries of `TrainConfig` that differ
-    here, such as `data_root`; a run of a user's own loop has none, and needs `task` and `model`.
+    here, such as `data_root`.
+
+    A run of a loop of one's own needs `task` and `model`, each ``module:factory``: functions of a
+    module in the working directory. ``model_factory()`` returns the `torch.nn.Module` that was
+    trained; its weights come from the run. ``task_factory(data_root)`` returns the data and the
+    mean loss of a batch, `capture.tasks.Task`, where an example stands. Recorded with
+    ``Recorder(…, config={"task": "mine:task", "model": "mine:model", "batch_size": 32})`` the run
+    itself says so.
 
     Raises `UnfinishedError`, `UnknownNameError` for a step that is not saved, `MismatchError` where
     model or batches are not those of the run, `UsageError` for streams that cannot be probed.
@@ -199,7 +210,10 @@ def _requests(gradients: str) -> tuple[StreamRequest, ...]:
 
 def _config(run: Run, gradients: str, changes: Mapping[str, Any]) -> TrainConfig:
     stored = dict(run.attributes.get("config") or {})
-    if not stored and "task" not in changes:
+    if not is_of_train(run.attributes) and IMPORTED not in run.attributes:
+        # In a loop of one's own all other settings may mean anything.
+        stored = {key: stored[key] for key in OF_ANY_LOOP if key in stored}
+    if "task" not in {**stored, **changes}:
         raise UsageError(
             "the run was recorded by a loop of your own or imported, so its task is not known",
             where=run.path,

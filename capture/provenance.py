@@ -16,7 +16,7 @@ import torch
 from crc32c import crc32c
 from torch import Tensor
 
-from capture.config import TrainConfig
+from capture.config import TrainConfig, is_of_train
 from capture.opening import versions
 from capture.store import MismatchError
 from capture.store.attributes import read_attributes
@@ -44,7 +44,7 @@ def run_attributes(config: TrainConfig) -> dict[str, Any]:
 def require_same(out: Place, attributes: Mapping[str, Any]) -> None:
     """Raise `MismatchError` where the run `out` was made otherwise than `attributes` say."""
     stored = read_attributes(out)
-    if not stored.get("config"):
+    if not is_of_train(stored):
         raise MismatchError(
             "the run was not recorded by capture train",
             where=out,

@@ -99,7 +99,8 @@ def prepare(config: TrainConfig) -> Training:
     device = _device(config.device)
     task = build_task(config.task, data_root=config.data_root, task_args=config.task_args)
     config = replace(config, device=device.type).completed(task.defaults)
-    assert config.model is not None
+    if config.model is None:
+        raise UsageError("the task has no default model", where=config.task, fix="give --model")
     assert config.batch_size is not None
     assert config.lr is not None
     assert config.data_seed is not None

@@ -1,7 +1,39 @@
 """Tasks: each is data, a loss and the name of a default model, in one file.
 
 A task is any object with the attributes of `Task`. Those that come along are found by name; any
-other by ``module:factory``, a function that is called as ``factory(data_root, **task_args)``.
+other by ``module:factory``, a function that is called as ``factory(data_root, **task_args)``; the
+module is looked for in the working directory too. A whole one, in the file `mine.py`:
+
+    import torch
+    from torch import nn
+    from torch.utils.data import TensorDataset
+
+    class Mine:
+        defaults = {"batch_size": 32, "epochs": 3}
+        model_args = {}
+
+        def __init__(self):
+            x = torch.randn(256, 20, generator=torch.Generator().manual_seed(0))
+            y = (x[:, 0] > 0).long()
+            self.train = TensorDataset(x[:192], y[:192])
+            self.heldout = TensorDataset(x[192:], y[192:])
+
+        def loss(self, model, batch):
+            x, y = batch
+            return nn.functional.cross_entropy(model(x), y)
+
+        def metrics(self, model, batch):
+            return {"loss": self.loss(model, batch)}
+
+    def task(data_root=None):
+        return Mine()
+
+    def model():
+        return nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 2))
+
+With it ``capture train --task mine:task --model mine:model --out a.zarr`` trains, and
+``capture probe b.zarr --task mine:task --model mine:model --gradients fixed:4,full`` measures
+gradients in a run that a loop of one's own has recorded of such a model.
 """
 
 from __future__ import annotations
