@@ -37,12 +37,14 @@ IMPORTED = "imported"
 class Imported:
     """What `import_checkpoints` wrote: the steps, and which of them repeat an earlier one.
 
-    `duplicates` maps a step to the first one that has the same weights and buffers.
+    `duplicates` maps a step to the first one that has the same weights and buffers; `not_finite`
+    maps a step with weights that are NaN or infinite to their numbers, by tensor and kind.
     """
 
     steps: tuple[int, ...]
     duplicates: Mapping[int, int]
     bytes_written: int
+    not_finite: Mapping[int, Mapping[str, Mapping[str, int]]]
 
 
 def import_checkpoints(
@@ -53,7 +55,9 @@ def import_checkpoints(
     """Turn checkpoints into a complete run of weights at `out`; `choices` are those of `Choices`.
 
     `sources` are folders of checkpoints, folders that are checkpoints, or files. The run is there
-    in full or not at all. Two steps with the same weights are both imported and told as a warning.
+    in full or not at all. Two steps with the same weights are both imported and told as a warning;
+    so are weights that are NaN or infinite, which the run's attribute `imported` counts by step and
+    tensor. `InputError` where no tensor of any checkpoint is finite.
 
     Raises what `plan_import` raises, `UsageError` where `out` is taken, `WriteError` where the disk
     refuses, and `InputError` for a file that is damaged or changes meanwhile.
@@ -101,23 +105,26 @@ def _write_rows(plan: ImportPlan, writer: RunWriter) -> Imported:
     with counting("checkpoint", len(plan.rows)) as advance:
         for row in plan.rows:
             files = _read_row(plan, row, staging, watch)
-            entries.append(
-                {
-                    "step": row.step,
-                    "source": printable(str(row.checkpoint.path)),
-                    "format": row.checkpoint.format,
-                    "files_sha256": files,
-                    "row_sha256": watch.see(row, staging),
-                }
-            )
+            entry = {
+                "step": row.step,
+                "source": printable(str(row.checkpoint.path)),
+                "format": row.checkpoint.format,
+                "files_sha256": files,
+                "row_sha256": watch.see(row, staging),
+            }
+            odd = watch.not_finite.get(row.step)
+            entries.append(entry | ({"not_finite": odd} if odd else {}))
             written += writer.commit(WEIGHTS, staging, step=row.step, epoch=row.epoch)
             advance()
+    watch.tell_not_finite(plan.rows[-1])
     if not plan.from_model:
         watch.tell_constant()
     facts = {**writer.attributes[IMPORTED], "checkpoints": entries}
     writer.update_attributes(**{IMPORTED: facts})
     writer.finish(plan.rows[-1].step)
-    return Imported(tuple(row.step for row in plan.rows), watch.duplicates, written)
+    return Imported(
+        tuple(row.step for row in plan.rows), watch.duplicates, written, watch.not_finite
+    )
 
 
 def _read_row(plan: ImportPlan, row: Numbered, staging: Staging, watch: Watch) -> dict[str, str]:

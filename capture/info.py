@@ -6,6 +6,8 @@ import math
 import os
 from typing import Any
 
+import numpy as np
+
 from capture.config import is_of_train
 from capture.importing import IMPORTED
 from capture.progress import format_bytes
@@ -61,6 +63,7 @@ def describe_run(path: str | os.PathLike[str]) -> dict[str, Any]:
         "seeds": tables["seeds"],
         "git_commit": attributes.get("git_commit"),
         IMPORTED: tables[IMPORTED] or None,
+        "not_finite": _not_finite(run, tables[IMPORTED]),
     }
 
 
@@ -87,6 +90,8 @@ def format_description(description: dict[str, Any]) -> str:
             for name, (low, high) in description["settings"].items()
         ]
         lines.append(("optimizer", ", ".join([str(description["optimizer"]), *settings])))
+    if description["not_finite"]:
+        lines.append(("not finite", _not_finite_words(description)))
     streams = {name: description[name] for name in (WEIGHTS, UPDATES) if name in description}
     for name, stream in {**streams, **description["gradients"]}.items():
         lines.append((name, _stream_words(stream)))
@@ -152,6 +157,30 @@ def _settings(run: Run) -> dict[str, list[float]]:
     return found
 
 
+def _not_finite(run: Run, imported: dict[str, Any]) -> dict[str, Any]:
+    """How often weights or norms of the run are NaN or infinite; empty where never.
+
+    Of an imported run the `steps` with such weights; of a recorded one the number of `updates`
+    whose gradient or update has such a norm, and the `first` of them.
+    """
+    entries = imported.get("checkpoints")
+    if isinstance(entries, list):
+        steps = [e["step"] for e in entries if isinstance(e, dict) and e.get("not_finite")]
+        return {"steps": steps} if steps else {}
+    names = [name for name in ("grad_norm", "update_norm") if name in run.scalar_names()]
+    odd = sorted({int(t) for name in names for t in np.flatnonzero(~np.isfinite(run.scalar(name)))})
+    return {"updates": len(odd), "first": odd[0]} if odd else {}
+
+
+def _not_finite_words(description: dict[str, Any]) -> str:
+    found = description["not_finite"]
+    if "updates" in found:
+        return f"norms of {found['updates']:,} updates, the first at step {found['first']}"
+    steps = found["steps"]
+    end = ", w_T among them" if description["final_step"] in steps else ""
+    return f"weights of {len(steps)} checkpoints, at steps {_listed(steps)}{end}"
+
+
 def _import_words(description: dict[str, Any]) -> str:
     """How many checkpoints an imported run is made of, and what told their trainable tensors."""
     by_model = description[IMPORTED].get("trainable") == "model"
@@ -164,9 +193,11 @@ def _stream_words(stream: dict[str, Any]) -> str:
     steps, batches = stream["steps"], stream["batches"]
     if not steps:
         return "nothing recorded yet"
-    shown = [str(step) for step in steps]
-    if len(shown) > 6:
-        shown = [*shown[:3], "…", *shown[-2:]]
     each = f" of {batches} batches" if batches else ""
     size = format_bytes(stream["bytes"])
-    return f"{len(steps)} rows{each}, {size}, at steps {', '.join(shown)}"
+    return f"{len(steps)} rows{each}, {size}, at steps {_listed(steps)}"
+
+
+def _listed(steps: list[int]) -> str:
+    shown = [str(step) for step in steps]
+    return ", ".join([*shown[:3], "…", *shown[-2:]] if len(shown) > 6 else shown)

@@ -45,6 +45,22 @@ def tensor_checksums(staging: Staging, table: TensorTable) -> list[int]:
     return [crc32c(staging.parameters[start:stop].data.cast("B")) for start, stop in bounds]
 
 
+def not_finite(staging: Staging, table: TensorTable) -> dict[str, dict[str, int]]:
+    """How many weights are ``nan`` and how many ``infinite``, by trainable tensor that has any.
+
+    Buffers do not count: masks hold infinities on purpose.
+    """
+    found: dict[str, dict[str, int]] = {}
+    bounds = zip(table.names, table.offsets, table.offsets[1:], strict=False)
+    for name, start, stop in bounds:
+        values = staging.parameters[start:stop]
+        odd = values[~np.isfinite(values)]
+        if odd.size:
+            nan = int(np.count_nonzero(np.isnan(odd)))
+            found[name] = {"nan": nan, "infinite": odd.size - nan}
+    return found
+
+
 def widen(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.floating]:
     """Turn raw bytes of a trainable dtype into numbers; bfloat16 becomes float32, exactly."""
     if dtype == "BF16":

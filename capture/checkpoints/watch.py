@@ -11,20 +11,26 @@ from numpy.typing import NDArray
 
 from capture.checkpoints.find import Checkpoint
 from capture.checkpoints.numbering import Numbered
-from capture.checkpoints.rows import row_digest, tensor_checksums
-from capture.store import MismatchError, Staging, TensorTable
+from capture.checkpoints.rows import not_finite, row_digest, tensor_checksums
+from capture.store import InputError, MismatchError, Staging, TensorTable
 
 logger = logging.getLogger("capture")
 
+# So many tensors of a checkpoint are named in a warning.
+SHOWN_TENSORS = 3
+
 
 class Watch:
-    """Notices rows that are equal, tensors that never move, and frozen ones that do.
+    """Notices rows that are equal or not finite, tensors that never move, and frozen ones that do.
 
-    `duplicates` maps a step to the first one with the same weights and buffers.
+    `duplicates` maps a step to the first one with the same weights and buffers; `not_finite` has
+    what `rows.not_finite` found of each step where there is any.
     """
 
     def __init__(self, table: TensorTable) -> None:
         self.duplicates: dict[int, int] = {}
+        self.not_finite: dict[int, dict[str, dict[str, int]]] = {}
+        self._any_finite = False
         self._table = table
         self._rows: dict[str, Numbered] = {}
         self._began: list[int] = []
@@ -45,10 +51,52 @@ class Watch:
                 first.step,
                 first.checkpoint.where,
             )
+        self._see_finite(row, staging)
         now = tensor_checksums(staging, self._table)
         self._began = self._began or now
         self._moved |= np.array(self._began) != np.array(now)
         return digest
+
+    def _see_finite(self, row: Numbered, staging: Staging) -> None:
+        """Warn of weights that are NaN or infinite; a training that diverged is data all the same."""
+        found = not_finite(staging, self._table)
+        self._any_finite |= len(found) < len(self._table.parameters)
+        if not found:
+            return
+        self.not_finite[row.step] = found
+        shown = [f"{name!r} ({_counts(found[name])})" for name in [*found][:SHOWN_TENSORS]]
+        more = len(found) - len(shown)
+        logger.warning(
+            "step %d (%s): %s of %s weights are not finite, in %s%s",
+            row.step,
+            row.checkpoint.where,
+            f"{sum(sum(counts.values()) for counts in found.values()):,}",
+            f"{self._table.num_parameters:,}",
+            ", ".join(shown),
+            f" and {more} more tensors" if more else "",
+        )
+
+    def tell_not_finite(self, last: Numbered) -> None:
+        """Warn where the last row is no end to measure against.
+
+        Raises `InputError` where not one tensor is finite in any row: there is nothing to measure.
+        """
+        if not self._any_finite:
+            raise InputError(
+                "no tensor is finite in any of the checkpoints",
+                where=last.checkpoint.where,
+                fix="import checkpoints from before the training diverged",
+            )
+        if last.step in self.not_finite:
+            logger.warning(
+                "the last checkpoint is not finite, so nothing can be measured against `final`; "
+                "name another end, as in --reference step:N"
+            )
+        kinds = [counts for found in self.not_finite.values() for counts in found.values()]
+        if kinds and not any(counts["nan"] for counts in kinds):
+            logger.warning(
+                "all of these are infinite; if they are a mask and no weights, say so by --buffers"
+            )
 
     def see_frozen(self, checkpoint: Checkpoint, frozen: Mapping[str, NDArray[np.uint8]]) -> None:
         """Take in the frozen tensors of one; `MismatchError` where they are not what they were."""
@@ -77,3 +125,8 @@ class Watch:
             len(self._moved),
             still[0],
         )
+
+
+def _counts(found: Mapping[str, int]) -> str:
+    words = {"nan": "NaN", "infinite": "infinite"}
+    return ", ".join(f"{found[kind]:,} {word}" for kind, word in words.items() if found[kind])
