@@ -6,113 +6,22 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Callable
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from capture import __version__
 from capture.command_line import Group, Option
-
-Decorated = TypeVar("Decorated", bound=Callable[..., Any])
-
-
-def _options(section: str, *options: tuple[str, Any, str]) -> Callable[[Decorated], Decorated]:
-    """Make a decorator for the options ``(declaration, type, help)`` of one section."""
-
-    def decorate(function: Decorated) -> Decorated:
-        for name, kind, text in reversed(options):
-            add = partial(click.option, name, cls=Option, section=section, help=text)
-            function = add(is_flag=True)(function) if kind is bool else add(type=kind)(function)
-        return function
-
-    return decorate
-
-
-def training_options(function: Decorated) -> Decorated:
-    """Add the options that decide a training; all but `out` and `force` are in `TrainConfig`."""
-    decorators = [
-        _options(
-            "What is trained",
-            (
-                "--task",
-                str,
-                "digits, stdlib-text, cifar10, fashion-mnist, imagenet, wikitext2, vaihingen, "
-                "camvid, or module:factory.",
-            ),
-            (
-                "--model",
-                str,
-                "mlp, resnet, resnet18, resnet50, resnet152, transformer, unet, segnet, or "
-                "module:factory. Default: the task's.",
-            ),
-            ("--width", float, "Factor on the model's width. Default: 1."),
-            ("--data-root", click.Path(), "Folder that holds the data files."),
-            ("--seed", int, "Initialisation. Default: 0."),
-            ("--data-seed", int, "Order of the data. Default: as --seed."),
-            (
-                "--branch",
-                str,
-                "RUN@STEP: go on from there as a new run, with the settings of RUN where none "
-                "are given here.",
-            ),
-            ("--exclude-batch", int, "Leave out the samples of this update of RUN."),
-        ),
-        _options(
-            "How",
-            ("--optimizer", str, "sgd, momentum, nesterov, adam or adamw. Default: momentum."),
-            ("--lr", float, "Learning rate. Default: 0.01; sgd 0.1, adam and adamw 0.001."),
-            ("--momentum", float, "For momentum and nesterov. Default: 0.9."),
-            ("--weight-decay", float, "Coupled, but for adamw. Default: 0."),
-            (
-                "--lr-schedule",
-                str,
-                "constant, warmup-cosine[:EPOCHS], multistep[:E1,E2,…[:FACTOR]] or a CSV file "
-                "with the columns step,lr. Default: constant.",
-            ),
-            ("--batch-size", int, "Default: the task's, 64 for digits."),
-            ("--epochs", int, "Default: the task's, 20 for digits."),
-            ("--max-steps", int, "End after so many updates."),
-            ("--device", str, "auto, cpu or cuda. Default: auto."),
-            ("--threads", int, "Threads of torch. Default: its own choice."),
-            ("--workers", int, "Processes that load data. Default: 0."),
-        ),
-        _options(
-            "What is recorded",
-            (
-                "--every",
-                str,
-                "Steps that are saved: K, log:N, epoch, bursts:P:1,2,5,… or several joined "
-                "by +. Default: 10.",
-            ),
-            (
-                "--gradients",
-                str,
-                "Streams beside the weights: minibatch, updates, fixed:K, heldout:K, "
-                "shuffled-labels:K, full, full:eval, with commas, or none; each with its own "
-                "@SCHEDULE if wanted. Default: minibatch.",
-            ),
-            ("--checkpoint-every", int, "Save a resume state every K steps. Default: per epoch."),
-            (
-                "--keep-state",
-                str,
-                "Keep resume states, for branches and for Adam's metric: every:N, or as --every.",
-            ),
-        ),
-    ]
-    for decorate in reversed(decorators):
-        function = decorate(function)
-    return function
-
-
-def config_option(function: Decorated) -> Decorated:
-    """Add ``--config``."""
-    text = (
-        "TOML file with any option of the groups above, and tables task_args and model_args; "
-        "out, resume and force are not in it. Flags win."
-    )
-    return _options("Run", ("--config", click.Path(dir_okay=False), text))(function)
+from capture.options import (
+    OWN,
+    PROBES,
+    SCHEDULES,
+    STREAMS,
+    config_option,
+    import_options,
+    options,
+    training_options,
+)
 
 
 @click.group(cls=Group)
@@ -123,13 +32,14 @@ def main() -> None:
 
 @main.command(
     example="capture train --task digits --epochs 4 --out runs/first.zarr",
+    notes={**SCHEDULES, **STREAMS, **OWN},
 )
 @training_options
 @config_option
-@_options(
+@options(
     "Run",
     ("--resume", bool, "Continue the run at --out, bit for bit; starts it where there is none."),
-    ("--force", bool, "Start although the disk seems too small."),
+    ("--force", bool, "Start although the disk seems too small for what will be saved."),
 )
 @click.option(
     "--out",
@@ -137,10 +47,14 @@ def main() -> None:
     section="Run",
     type=click.Path(),
     required=True,
-    help="RUN.zarr to write, or s3://BUCKET/RUN.zarr.",
+    help="The run to write: a new folder RUN.zarr, or s3://BUCKET/RUN.zarr.",
 )
 def train(config: str | None, out: str, resume: bool, force: bool, **flags: Any) -> None:
-    """Train, and record weights and gradients into a run store."""
+    """Train, and record weights and gradients into a run store.
+
+    At the steps that --every names it saves the weights w_t and, in the streams that --gradients
+    names, gradients at w_t. Ctrl-C ends after the step under way; --resume goes on.
+    """
     from capture.config import read_config
 
     settings = read_config(config, flags)
@@ -162,14 +76,21 @@ def train(config: str | None, out: str, resume: bool, force: bool, **flags: Any)
     _suggest_compute(out)
 
 
-@main.command(example="capture plan --task digits --epochs 4 --every log:50 --out runs/first.zarr")
+@main.command(
+    example="capture plan --task digits --epochs 4 --every log:50 --out runs/first.zarr",
+    notes={**SCHEDULES, **STREAMS},
+)
 @training_options
 @config_option
-@_options(
+@options(
     "Run",
-    ("--force", bool, "Exit with 0 although the disk is too small."),
-    ("--json", bool, "Print JSON: bytes and seconds."),
-    ("--out", click.Path(), "Where the run would be written. Default: here."),
+    ("--force", bool, "Exit with 0 although the disk is too small, and not with 1."),
+    ("--json", bool, "Print JSON, with bytes and seconds."),
+    (
+        "--out",
+        click.Path(),
+        "Where the run would be written: the disk that is tested. Default: the working directory.",
+    ),
 )
 def plan(config: str | None, out: str | None, force: bool, json: bool, **flags: Any) -> None:
     """Predict bytes, files and time of a training before it runs.
@@ -192,30 +113,39 @@ def plan(config: str | None, out: str | None, force: bool, json: bool, **flags: 
         require_space(target, prediction.storage)
 
 
-@main.command(example="capture probe runs/first.zarr --gradients fixed:4,full")
+@main.command(
+    example="capture probe runs/first.zarr --gradients fixed:4,full", notes={**PROBES, **OWN}
+)
 @click.argument("run", type=click.Path())
-@_options(
-    "Options",
-    ("--steps", str, "Measure at these saved steps only: 0,100,200."),
-    ("--replace", bool, "Drop streams of these names first."),
+@options(
+    "What is measured",
+    ("--steps", "T1,T2,…", "At these saved steps only, as in 0,100,200. Default: at all of them."),
+    ("--replace", bool, "Drop streams of the same names first. Default: add what they lack."),
     ("--data-root", click.Path(), "Folder that holds the data files. Default: as in training."),
-    ("--task", str, "For a run of your own loop: module:factory."),
-    ("--model", str, "For a run of your own loop: module:factory."),
-    ("--batch-size", int, "For a run of your own loop. Default: the task's."),
-    ("--data-seed", int, "For a run of your own loop: seed of the batches. Default: 0."),
-    ("--threads", int, "Threads of torch. Default: as in training."),
+    ("--threads", int, "Threads of torch on the CPU. Default: as in training."),
+)
+@options(
+    "For a run of your own loop, or imported without a task",
+    ("--task", "NAME", "Its data and loss, your own as module:factory, see below."),
+    ("--model", "NAME", "The model that was trained, as module:factory. Default: the task's."),
+    ("--batch-size", int, "Samples in each batch. Default: the task's, else 64."),
+    ("--data-seed", int, "Seed by which batches are drawn. Default: 0."),
 )
 @click.option(
     "--gradients",
+    cls=Option,
+    section="What is measured",
+    metavar="STREAMS",
     required=True,
-    help="fixed:K, heldout:K, shuffled-labels:K, full, full:eval, with commas; each with its own "
-    "@SCHEDULE if wanted.",
+    help="Gradients of other batches, see below.",
 )
 def probe(run: str, gradients: str, steps: str | None, replace: bool, **flags: Any) -> None:
     """Add gradients of other batches to a recorded run, without training again.
 
-    RUN is the folder that `capture train --out` or a Recorder wrote. They are taken at its saved
-    weights, w_T included. What an interrupted call has added stays: the same call goes on.
+    RUN is the folder that `capture train --out`, a Recorder or `capture import` wrote; it must be
+    complete. The gradients are taken at its saved weights, w_T included. What an interrupted call
+    has added stays: the same call goes on. Settings that `Recorder(config={"task": …, "model": …,
+    "batch_size": …})` kept count as given.
     """
     logging.basicConfig(format="warning: %(message)s")
 
@@ -232,36 +162,7 @@ def probe(run: str, gradients: str, steps: str | None, replace: bool, **flags: A
 
 @main.command("import", example="capture import checkpoints --out runs/imported.zarr")
 @click.argument("sources", nargs=-1, required=True, metavar="FOLDER…", type=click.Path())
-@_options(
-    "Which step",
-    ("--steps", str, "Of each checkpoint, in the natural order of their names: 0,100,200."),
-    (
-        "--step-pattern",
-        str,
-        "Regular expression whose group is the step in a name. Names that it does not fit are "
-        "left out.",
-    ),
-    ("--steps-per-epoch", int, "For names that tell an epoch alone."),
-)
-@_options(
-    "Which tensors",
-    ("--key", str, "Where the weights lie in a file of torch: model_ema, app/model."),
-    ("--prefix", str, "Names must begin with it and lose it: model."),
-    ("--trainable", str, "Regular expression: floating tensors that it does not fit are frozen."),
-    ("--buffers", str, "Regular expression: tensors that it fits are buffers."),
-)
-@_options(
-    "Which model",
-    ("--task", str, "As in `capture train`: with it, the run can be probed."),
-    ("--model", str, "As in `capture train`: it tells names, order, ties and what is trained."),
-    ("--data-root", click.Path(), "Folder that holds the data files of the task."),
-    ("--config", click.Path(dir_okay=False), "TOML file, as for `capture train`."),
-)
-@_options(
-    "Run",
-    ("--dry-run", bool, "Print what would be imported, and write nothing."),
-    ("--out", click.Path(), "RUN.zarr to write, or s3://BUCKET/RUN.zarr."),
-)
+@import_options
 def import_(
     sources: tuple[str, ...],
     steps: str | None,
@@ -277,8 +178,9 @@ def import_(
 
     FOLDER holds them: files .safetensors, .pt, .pth, .bin or .ckpt, folders checkpoint-N of Hugging
     Face, folders of torch.distributed.checkpoint. It may be such a folder or file itself. Steps are
-    read off the names. No code in a checkpoint is ever run. Without a model, floating tensors are
-    trainable unless their name is that of a well-known buffer.
+    read off the names, as in step_500.pt. No code in a checkpoint is ever run. Without a model,
+    floating tensors are trainable unless their name is that of a well-known buffer. Weights that
+    are NaN or infinite are imported, with a warning for each checkpoint that has some.
     """
     if out is None and not dry_run:
         raise click.UsageError("missing option '--out'", click.get_current_context())
@@ -307,11 +209,13 @@ def import_(
 
 @main.command(example="capture info runs/first.zarr")
 @click.argument("run", type=click.Path())
-@click.option("--json", is_flag=True, help="Print JSON, with every recorded step.")
+@click.option("--json", is_flag=True, help="Print JSON: all of it, with every recorded step.")
 def info(run: str, json: bool) -> None:
     """Tell what a run is and what it holds.
 
-    RUN is the folder that `capture train --out` or a Recorder wrote.
+    RUN is the folder that `capture train --out`, a Recorder or `capture import` wrote. Its
+    status comes first, then how it was made, then each stream with its rows and steps. What is not
+    finite (NaN, infinities) is told where there is any.
     """
     from capture.info import describe_run, format_description
 
@@ -325,8 +229,8 @@ def info(run: str, json: bool) -> None:
 def verify(context: click.Context, run: str) -> None:
     """Check every committed byte of a run against its checksum.
 
-    RUN is the folder that `capture train --out` or a Recorder wrote. Exits with 0 where all is
-    sound, with 3 where anything is not, naming each file, row and remedy.
+    RUN is the folder that `capture train --out`, a Recorder or `capture import` wrote.
+    Exits with 0 where all is sound, with 3 where anything is not, naming each file, row and remedy.
     """
     from capture.progress import format_bytes
     from capture.store.verify import verify_run
@@ -345,12 +249,17 @@ def verify(context: click.Context, run: str) -> None:
 @main.command(example="capture export runs/first.zarr --step 20 first-20.safetensors")
 @click.argument("run", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option("--step", type=int, required=True, help="A recorded step; capture info lists them.")
+@click.option(
+    "--step",
+    type=int,
+    required=True,
+    help="A step whose weights were saved; `capture info --json` lists them.",
+)
 def export(run: str, out: str, step: int) -> None:
     """Write the model at a recorded step as a plain safetensors file.
 
-    RUN is the folder that `capture train --out` or a Recorder wrote, OUT the file to write. It
-    holds the whole state_dict, each tensor in its own dtype, and no reserved names.
+    RUN is the folder that `capture train --out`, a Recorder or `capture import` wrote,
+    OUT the file to write. It holds the whole state_dict, each tensor in its own dtype.
     """
     from capture.store import export_state_dict
 

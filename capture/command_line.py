@@ -13,12 +13,17 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import click
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
+
+# Headings, each with terms and what they mean.
+Notes = Mapping[str, Sequence[tuple[str, str]]]
 
 
 class Option(click.Option):
@@ -30,12 +35,18 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command with an example at the end of its help, which a test runs."""
+    """A command with an example at the end of its help, which a test runs.
 
-    def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
+    `notes` stand before it: what values of options mean, where one line of help does not hold it.
+    """
+
+    def __init__(
+        self, *args: Any, example: str, notes: Notes = MappingProxyType({}), **kwargs: Any
+    ) -> None:
         kwargs.setdefault("context_settings", CONTEXT)
         super().__init__(*args, **kwargs)
         self.example = example
+        self.notes = notes
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options under their headings, in order of first appearance."""
@@ -50,7 +61,12 @@ class Command(click.Command):
                 formatter.write_dl(records)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the example."""
+        """Write the notes and the example."""
+        for heading, terms in self.notes.items():
+            formatter.write_paragraph()
+            formatter.write_text(f"{heading}:")
+            with formatter.indentation():
+                formatter.write_dl(terms)
         with formatter.section("Example"):
             for line in self.example.splitlines():
                 formatter.write(f"{'':{formatter.current_indent}}{line}\n")

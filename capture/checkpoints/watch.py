@@ -58,7 +58,7 @@ class Watch:
         return digest
 
     def _see_finite(self, row: Numbered, staging: Staging) -> None:
-        """Warn of weights that are NaN or infinite; a training that diverged is data all the same."""
+        """Warn of weights that are NaN or infinite; a run that diverged is data all the same."""
         found = not_finite(staging, self._table)
         self._any_finite |= len(found) < len(self._table.parameters)
         if not found:
