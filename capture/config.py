@@ -67,7 +67,7 @@ class TrainConfig:
     branch: str | None = None  # RUN@STEP to go on from
     exclude_batch: int | None = None  # update of the parent whose samples a branch leaves out
     workers: int = 0  # processes that load data
-    threads: int | None = None  # of torch; default: torch's own choice
+    threads: int | None = None  # of torch; default: the task's, else torch's own choice
 
     def __post_init__(self) -> None:
         _choice("optimizer", self.optimizer, tuple(OPTIMIZERS))
@@ -152,7 +152,10 @@ class TrainConfig:
         differing = [
             f"{key} was {mine[key]!r} and is now {theirs[key]!r}"
             for key in mine
-            if mine[key] != theirs[key] and key not in FREE_ON_RESUME
+            if mine[key] != theirs[key]
+            and key not in FREE_ON_RESUME
+            # Runs of earlier versions do not tell; another number is a warning when they go on.
+            and not (key == "threads" and mine[key] is None)
         ]
         return ", ".join(differing) or None
 

@@ -18,7 +18,8 @@ from capture.store import UsageError
 from capture.store.objects import ObjectPath
 from capture.store.place import place_of
 from capture.tasks import augment_of
-from capture.train import Training, deterministic, losses, prepare
+from capture.train import losses
+from capture.training import Training, deterministic, prepare
 
 WARM_STEPS = 3
 TIMED_STEPS = 20
@@ -137,7 +138,7 @@ def plan(config: TrainConfig, out: str | os.PathLike[str]) -> Plan:
             where=out,
             fix="give a local --out: the bytes are the same",
         )
-    with deterministic(config.threads):
+    with deterministic():
         training = prepare(config)
         storage = training.storage
         return Plan(

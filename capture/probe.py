@@ -33,7 +33,7 @@ from capture.store import (
 from capture.store.layout import WEIGHTS
 from capture.stored_weights import load_weights
 from capture.streams import PROBES, StreamRequest, parse_streams
-from capture.train import Training, deterministic, prepare
+from capture.training import Training, deterministic, prepare
 
 logger = logging.getLogger("capture")
 
@@ -80,7 +80,7 @@ def probe_run(
         )
     requests = _requests(gradients)
     config = _config(run, gradients, changes or {})
-    with deterministic(config.threads):
+    with deterministic():
         training = prepare(config)
         table = describe(training.model, training.optimizer).table
         difference = run.table.difference(table)

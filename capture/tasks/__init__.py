@@ -76,7 +76,8 @@ class Task(Protocol):
 
     train           samples that drive the training
     heldout         samples that never do; `None` where there are none
-    defaults        values of `TrainConfig` where the user gives none; `model` at least
+    defaults        values of `TrainConfig` where the user gives none: model, batch_size, epochs, …;
+                    threads = 1 where steps are so short that more would wait for each other
     model_args      what every model for this task has to know: input_shape, num_classes, …
 
     Two methods may be there beside those below. ``augment(sample, generator)`` transforms one

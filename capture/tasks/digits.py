@@ -18,7 +18,7 @@ TRAIN_SHARE = 0.8
 class Digits(Classification):
     """Classify the digits 0 to 9; 1,437 images train, 360 are held out."""
 
-    defaults: Mapping[str, Any] = {"model": "mlp", "batch_size": 64, "epochs": 20}
+    defaults: Mapping[str, Any] = {"model": "mlp", "batch_size": 64, "epochs": 20, "threads": 1}
     model_args: Mapping[str, Any] = {"input_shape": (1, 8, 8), "num_classes": 10}
 
     def __init__(self) -> None:

@@ -32,7 +32,7 @@ def stdlib_text(data_root: str | None = None, *, window: int = 32) -> Language:
     return Language(
         train=windows(list(train), window),
         heldout=nonempty(windows(list(heldout), window)),
-        defaults={"model": "transformer", "batch_size": 32, "epochs": 5},
+        defaults={"model": "transformer", "batch_size": 32, "epochs": 5, "threads": 1},
         model_args=SMALL_MODEL,
         digest=hashlib.sha256(train + heldout).hexdigest(),
     )

@@ -11,7 +11,8 @@ import pytest
 from capture.batches import BatchOrder
 from capture.config import read_config
 from capture.store import MismatchError, UnknownNameError, UsageError, open_run, verify_run
-from capture.train import prepare, train
+from capture.train import train
+from capture.training import prepare
 
 MODULE = """
 from torch import nn

@@ -21,7 +21,8 @@ from capture.config import read_config
 from capture.importing import import_checkpoints
 from capture.probe import probe_run
 from capture.store import MismatchError, UsageError, open_run, verify_run
-from capture.train import deterministic, losses, prepare, train
+from capture.train import losses, train
+from capture.training import deterministic, prepare
 from tests.capture.import_samples import STEPS, Net, save_all
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +73,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     train(config, folder / "recorded.zarr")
     (folder / "kept").mkdir()
-    with deterministic(1):
+    with deterministic():
         training = prepare(config)
         training.model.train()
         loader = torch.utils.data.DataLoader(

@@ -24,7 +24,8 @@ from capture.models import build_model
 from capture.store import MismatchError, UsageError, WriteError, open_run
 from capture.store.layout import ATTRIBUTES_CHECKSUM
 from capture.tasks import build_task
-from capture.train import deterministic, evaluate, prepare, train
+from capture.train import evaluate, train
+from capture.training import deterministic, prepare
 
 ROOT = Path(__file__).parents[2]
 

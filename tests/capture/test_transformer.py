@@ -10,7 +10,7 @@ import torch
 from capture.models import build_model
 from capture.models.transformer import positions
 from capture.store.errors import UsageError
-from capture.train import deterministic
+from capture.training import deterministic
 
 SMALL = {"vocabulary": 11, "layers": 2, "heads": 2, "features": 8}
 
