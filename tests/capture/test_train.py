@@ -1,16 +1,10 @@
-"""Training: what is trained, what is stored, and that a stop and a resume leave no trace."""
+"""Training: what is trained, what is stored, and what is told."""
 
 from __future__ import annotations
 
 import io
-import json
 import math
-import os
-import signal
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,102 +12,32 @@ import torch
 from safetensors.torch import load_file
 
 from capture.batches import BatchOrder, mix
-from capture.config import TrainConfig, read_config
-from capture.interruption import Interrupted
+from capture.config import TrainConfig
 from capture.models import build_model
-from capture.store import MismatchError, UsageError, WriteError, open_run
-from capture.store.layout import ATTRIBUTES_CHECKSUM
+from capture.store import UsageError, WriteError, open_run
 from capture.tasks import build_task
 from capture.train import evaluate, train
 from capture.training import deterministic, prepare
-
-ROOT = Path(__file__).parents[2]
-
-# BatchNorm buffers and dropout: what a careless resume would get wrong. The loss of the task counts
-# its calls, so that a test can do something in the midst of a step.
-MODULE = """
-from torch import nn
-from capture.tasks.digits import Digits
-
-def noisy(input_shape, num_classes):
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.3),
-        nn.Linear(32, num_classes),
-    )
-
-class Watched(Digits):
-    calls, at, action = 0, None, None
-
-    def loss(self, model, batch):
-        Watched.calls += 1
-        if Watched.calls == Watched.at:
-            Watched.action()
-        return super().loss(model, batch)
-
-def watched(data_root=None):
-    return Watched()
-"""
-
-SETTINGS = {
-    "task": "digits",
-    "model": "noisy_module:noisy",
-    "optimizer": "nesterov",
-    "weight_decay": 1e-3,
-    "lr_schedule": "warmup-cosine:1",
-    "epochs": 10,
-    "every": "7+epoch",
-    "gradients": "minibatch,updates@13",
-    "checkpoint_every": 25,
-}
-TOTAL = 10 * 22
+from tests.capture.noisy_training import (
+    SETTINGS,
+    TOTAL,
+    assert_same_files,
+    quick,
+    settings,
+    working_in,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
-    """A working directory with a module of the user's own."""
-    folder = tmp_path_factory.mktemp("train")
-    (folder / "noisy_module.py").write_text(MODULE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.syspath_prepend("")
+    with working_in(tmp_path_factory.mktemp("train")) as folder:
         yield folder
-    sys.modules.pop("noisy_module", None)
-
-
-def settings(**changes) -> TrainConfig:
-    return read_config(flags={**SETTINGS, **changes})
-
-
-def quick(**changes) -> TrainConfig:
-    return read_config(flags={"task": "digits", "max_steps": 5, "every": "1", **changes})
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder):
     train(settings(), folder / "uninterrupted.zarr")
     return folder / "uninterrupted.zarr"
-
-
-def files_of(run: Path) -> dict[str, bytes]:
-    """Every file of a run but the lock and the resume states."""
-    state = run / "weights/value/.straightway"
-    found = {}
-    for path in sorted(run.rglob("*")):
-        is_state = path.parent == state and path.name != "commits.jsonl"
-        if path.is_file() and not is_state:
-            found[str(path.relative_to(run))] = path.read_bytes()
-    # The number of loading processes is free to differ.
-    root = json.loads(found["zarr.json"])
-    entries = root["attributes"]["straightway"]
-    entries["config"]["workers"] = None
-    assert len(entries.pop(ATTRIBUTES_CHECKSUM)) == 8
-    return {**found, "zarr.json": json.dumps(root).encode()}
-
-
-def assert_same_files(one: Path, other: Path) -> None:
-    ours, theirs = files_of(one), files_of(other)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
 def test_the_same_seeds_give_the_same_files(folder, uninterrupted):
@@ -195,119 +119,6 @@ def test_the_seed_decides_the_weights_and_the_data_seed_the_order(folder):
     assert not np.array_equal(last, other_last)
 
 
-def interrupt(run: Path, signum: int, *arguments: str) -> int:
-    """Start the training of SETTINGS as a program, signal it in mid-run; return its exit code."""
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in SETTINGS.items()]
-    program = "from capture.cli import main; main(prog_name='capture')"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, "train", *flags, *arguments, f"--out={run}"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    # Between the second resume state and the end.
-    while not (run / "weights/value/c/20/0").exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    if signum == signal.SIGINT:
-        # As Ctrl-C in a terminal: the processes that load data get it too.
-        os.killpg(process.pid, signum)
-    else:
-        process.send_signal(signum)
-    _, errors = process.communicate(timeout=60)
-    if signum != signal.SIGKILL:
-        assert "error: interrupted after step" in errors
-        assert "--resume" in errors
-        assert "Traceback" not in errors
-    return process.returncode
-
-
-@pytest.mark.parametrize(
-    ("signum", "code", "arguments"),
-    [
-        (signal.SIGINT, 130, ["--workers=2"]),
-        (signal.SIGTERM, 143, []),
-        (signal.SIGKILL, -signal.SIGKILL, []),
-    ],
-    ids=["SIGINT", "SIGTERM", "SIGKILL"],
-)
-def test_a_stopped_and_resumed_run_is_the_same_files(
-    folder, uninterrupted, signum, code, arguments
-):
-    run = folder / f"stopped-{code}.zarr"
-    assert interrupt(run, signum, *arguments) == code
-    stopped = open_run(run)
-    assert stopped.status == "recording"
-    # No row was added for the signal.
-    assert set(stopped.stream("weights").steps) < set(
-        open_run(uninterrupted).stream("weights").steps
-    )
-    summary = train(settings(), run, resume=True)
-    assert summary.steps == TOTAL
-    assert_same_files(run, uninterrupted)
-
-
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_training_after_the_step(folder, signum, code):
-    import noisy_module
-
-    watched = noisy_module.Watched
-    config = quick(task="noisy_module:watched", max_steps=9)
-    train(config, folder / f"whole-{code}.zarr")
-    before = signal.getsignal(signum)
-    watched.calls, watched.at, watched.action = 0, 4, lambda: os.kill(os.getpid(), signum)
-    run = folder / f"signalled-{code}.zarr"
-    with pytest.raises(Interrupted, match=r"after step 4 of 9.*--resume") as caught:
-        train(config, run)
-    assert caught.value.exit_code == code
-    assert signal.getsignal(signum) is before
-    assert open_run(run).stream("weights").steps.tolist() == [0, 1, 2, 3]
-    train(config, run, resume=True)
-    assert_same_files(run, folder / f"whole-{code}.zarr")
-
-
-def test_a_signal_in_the_last_step_changes_nothing(folder):
-    import noisy_module
-
-    watched = noisy_module.Watched
-    watched.calls, watched.at = 0, 5
-    watched.action = lambda: os.kill(os.getpid(), signal.SIGTERM)
-    train(quick(task="noisy_module:watched"), folder / "last.zarr")
-    assert open_run(folder / "last.zarr").complete
-
-
-def test_resuming_a_complete_run_does_nothing(folder):
-    train(quick(), folder / "complete.zarr")
-    before = files_of(folder / "complete.zarr")
-    assert train(quick(), folder / "complete.zarr", resume=True).already_complete
-    assert files_of(folder / "complete.zarr") == before
-
-
-def test_resuming_what_is_not_there_starts_it(folder):
-    train(quick(), folder / "new.zarr", resume=True)
-    assert open_run(folder / "new.zarr").complete
-
-
-def test_resuming_with_another_configuration_is_refused(folder):
-    run = folder / "config.zarr"
-    train(quick(), run)
-    with pytest.raises(MismatchError, match=r"lr was 0\.01 and is now 0\.5, every was '1' and"):
-        train(quick(lr=0.5, every="2"), run, resume=True)
-
-
-def test_resuming_with_a_changed_learning_rate_file_is_refused(folder):
-    (folder / "lr.csv").write_text("step,lr\n0,0.1\n4,0.5\n")
-    run = folder / "file.zarr"
-    train(quick(lr_schedule="lr.csv"), run)
-    assert open_run(run).scalar("lr").tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
-    (folder / "lr.csv").write_text("step,lr\n0,0.1\n4,0.6\n")
-    with pytest.raises(MismatchError, match=r"the file lr\.csv was changed"):
-        train(quick(lr_schedule="lr.csv"), run, resume=True)
-
-
 def test_a_path_that_is_taken_is_refused(folder):
     train(quick(), folder / "taken.zarr")
     with pytest.raises(UsageError, match="a run is already recorded here"):
@@ -325,22 +136,14 @@ def test_a_loss_that_is_nan_is_recorded_and_told_once(folder, capsys):
     assert capsys.readouterr().err.count("warning: the loss is") == 1
 
 
-def test_another_number_of_threads_is_told_when_resuming(folder, caplog):
-    import noisy_module
-
-    watched = noisy_module.Watched
-    watched.calls, watched.at = 0, 3
-    watched.action = lambda: os.kill(os.getpid(), signal.SIGTERM)
-    config = quick(task="noisy_module:watched", threads=None)
-    with pytest.raises(Interrupted):
-        train(config, folder / "threads.zarr")
+def test_small_tasks_take_one_thread_unless_told(folder):
     now = torch.get_num_threads()
-    try:
-        torch.set_num_threads(now + 1)
-        train(config, folder / "threads.zarr", resume=True)
-    finally:
-        torch.set_num_threads(now)
-    assert f"began with {now} threads of torch and goes on with {now + 1}" in caplog.text
+    train(quick(max_steps=2), folder / "one.zarr")
+    train(quick(max_steps=2, threads=2), folder / "two.zarr")
+    for name, threads in (("one", 1), ("two", 2)):
+        attributes = open_run(folder / f"{name}.zarr").attributes
+        assert (attributes["threads"], attributes["config"]["threads"]) == (threads, threads)
+    assert torch.get_num_threads() == now
 
 
 def test_a_disk_that_is_too_small_is_refused_unless_forced(folder, monkeypatch):
@@ -374,8 +177,8 @@ def test_evaluation_is_the_mean_over_all_samples_and_changes_nothing():
 
 def test_deterministic_puts_everything_back():
     threads = torch.get_num_threads()
-    with deterministic(threads=threads + 1):
-        assert torch.get_num_threads() == threads + 1
+    with deterministic():
+        torch.set_num_threads(threads + 1)
         assert torch.are_deterministic_algorithms_enabled()
     assert torch.get_num_threads() == threads
     assert not torch.are_deterministic_algorithms_enabled()
