@@ -54,8 +54,12 @@ class RecorderCallback(Callback):
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Tell the epoch of the coming update, with its fraction where the length is known."""
-        if self.recorder is not None:
+        """Tell the epoch of the coming update, with its fraction where the length is known.
+
+        That of the first of the batches whose gradients are accumulated.
+        """
+        first = batch_idx % trainer.accumulate_grad_batches == 0
+        if self.recorder is not None and first:
             batches = trainer.num_training_batches
             part = batch_idx / batches if math.isfinite(batches) else 0.0
             self.recorder.epoch = trainer.current_epoch + part

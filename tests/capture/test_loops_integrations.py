@@ -72,7 +72,6 @@ def hugging_face(
 
     arguments = transformers.TrainingArguments(
         output_dir=str(folder / "out"),
-        per_device_train_batch_size=BATCH,
         num_train_epochs=1,
         learning_rate=0.1,
         use_cpu=True,
@@ -80,7 +79,7 @@ def hugging_face(
         save_strategy="no",
         disable_tqdm=True,
         remove_unused_columns=False,
-        **options,
+        **{"per_device_train_batch_size": BATCH, **options},
     )
     trainer = InOrder(model or Tiny(), arguments, train_dataset=Rows(), callbacks=[callback])
     trainer.train()
@@ -102,6 +101,17 @@ def test_transformers(tmp_path: Path) -> None:
     assert run.attributes["optimizer"]["name"] == "AdamW"
     assert run.scalar("epoch").tolist() == [0, 0.25, 0.5, 0.75]
     assert not any(p._post_accumulate_grad_hooks for p in callback.recorder._seen.parameters)
+
+
+def test_transformers_accumulation(tmp_path: Path) -> None:
+    """Four batches of one sample for each update, which is their mean; clipped once, after all."""
+    accumulated = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": BATCH}
+    callback = hugging_face_callback(tmp_path / "run.zarr", max_grad_norm=0.01)
+    hugging_face(tmp_path, callback, max_grad_norm=0, **accumulated)
+    run = open_run(tmp_path / "run.zarr")
+    assert_paired(run)
+    assert (run.scalar("clip_factor") < 0.9).all()
+    assert run.scalar("epoch").tolist() == [0, 0.25, 0.5, 0.75]
 
 
 def test_transformers_clipping(tmp_path: Path) -> None:
@@ -145,7 +155,9 @@ def test_transformers_failure_leaves_the_run_incomplete(tmp_path: Path) -> None:
 # Lightning.
 
 
-def lightning(callback: Any, folder: Path, failing: bool = False, **options: Any) -> None:
+def lightning(
+    callback: Any, folder: Path, failing: bool = False, batch_size: int = BATCH, **options: Any
+) -> None:
     pl = pytest.importorskip("lightning.pytorch", reason="needs straightway[lightning]")
 
     class Module(pl.LightningModule):
@@ -173,7 +185,7 @@ def lightning(callback: Any, folder: Path, failing: bool = False, **options: Any
         callbacks=[callback],
         **options,
     )
-    trainer.fit(Module(), DataLoader(Rows(), batch_size=BATCH))
+    trainer.fit(Module(), DataLoader(Rows(), batch_size=batch_size))
 
 
 def lightning_callback(path: Path, **options: Any) -> Any:
@@ -190,6 +202,15 @@ def test_lightning(tmp_path: Path) -> None:
     assert run.scalar("clip_factor").tolist() == [1.0] * STEPS
     assert run.scalar("epoch").tolist() == [0, 0.25, 0.5, 0.75]
     assert np.isfinite(run.scalar("loss")).all()
+
+
+def test_lightning_accumulation(tmp_path: Path) -> None:
+    callback = lightning_callback(tmp_path / "run.zarr", max_grad_norm=0.01)
+    lightning(callback, tmp_path, batch_size=1, accumulate_grad_batches=BATCH)
+    run = open_run(tmp_path / "run.zarr")
+    assert_paired(run)
+    assert (run.scalar("clip_factor") < 0.9).all()
+    assert run.scalar("epoch").tolist() == [0, 0.25, 0.5, 0.75]
 
 
 def test_lightning_clipping(tmp_path: Path) -> None:

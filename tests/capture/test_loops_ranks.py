@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -15,9 +14,9 @@ import torch
 from torch import distributed, nn, optim
 
 from capture import Recorder, open_run
+from tests.capture.rank_processes import RANKS, run_ranks
 
-ROOT = Path(__file__).parents[2]
-RANKS, STEPS, DIES_AT = 2, 4, 2
+STEPS, DIES_AT = 4, 2
 
 
 def make_model() -> nn.Sequential:
@@ -29,15 +28,10 @@ def inputs_of(rank: int, step: int) -> torch.Tensor:
     return torch.randn(8, 5, generator=torch.Generator().manual_seed(100 * rank + step))
 
 
-def train(path: Path, rank: int, port: int, dies: bool) -> None:
+def train(path: Path, dies: bool) -> None:
     """What each process runs; rank 1 may die without a word before its third pass."""
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=20),
-    )
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=20))
+    rank = distributed.get_rank()
     model = nn.parallel.DistributedDataParallel(make_model())
     optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with Recorder(path, model, optimizer, every=1, clipped=False) as recorder:
@@ -56,31 +50,8 @@ def train(path: Path, rank: int, port: int, dies: bool) -> None:
 
 
 def start(path: Path, dies: bool) -> list[subprocess.CompletedProcess[str]]:
-    """Run both ranks to their ends, each into the output that comes back by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-    environment["OMP_NUM_THREADS"] = "1"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error::UserWarning", __file__, path, f"{rank}", f"{port}"]
-            + ["dies"] * dies,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        return [
-            subprocess.CompletedProcess(each.args, each.wait(), stderr=output)
-            for each in ranks
-            for _, output in [each.communicate(timeout=90)]
-        ]
-    finally:
-        for each in ranks:
-            each.kill()
+    """Run both ranks to their ends; what came out is by rank."""
+    return run_ranks(__file__, path, *["dies"] * dies, options=["-W", "error::UserWarning"])
 
 
 def mean_gradient(weights: np.ndarray, step: int) -> np.ndarray:
@@ -125,4 +96,4 @@ def test_a_rank_that_dies_leaves_an_incomplete_run(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), "dies" in sys.argv)
+    train(Path(sys.argv[1]), "dies" in sys.argv)
