@@ -27,7 +27,7 @@ from capture.storage import free_bytes
 from capture.store import InputError, RunWriter, Staging, WriteError
 from capture.store.attributes import read_attributes, refuse_taken
 from capture.store.layout import COMPLETE, LOCK, METADATA, PRIVATE_FOLDER, WEIGHTS
-from capture.store.place import Place, place_of, remove, take_lock
+from capture.store.place import Place, make_folders, place_of, remove, take_lock
 
 # The run's attribute that tells where its rows come from.
 IMPORTED = "imported"
@@ -185,8 +185,14 @@ def _is_unfinished_import(out: Place) -> bool:
 
 
 def _remove_unfinished(out: Place) -> None:
-    lock = take_lock(out / WEIGHTS / "value" / PRIVATE_FOLDER / LOCK)
+    private = out / WEIGHTS / "value" / PRIVATE_FOLDER
+    make_folders(private, out)  # where a removal was killed halfway
+    lock = take_lock(private / LOCK)
     try:
+        # The root last: until then it tells that this may be removed.
+        for entry in out.iterdir() if isinstance(out, Path) else ():
+            if entry.name != METADATA:
+                remove(entry)
         remove(out)
     finally:
         lock.release()

@@ -41,6 +41,7 @@ def describe_run(path: str | os.PathLike[str]) -> dict[str, Any]:
             "steps": stream.steps.tolist(),
             "batches": stream.batches,
             "bytes": int(stream.commits.sizes.sum()),
+            "finished": _is_finished(run, name),
         }
         for name, stream in run.streams.items()
     }
@@ -97,6 +98,11 @@ def format_description(description: dict[str, Any]) -> str:
         lines.append((name, _stream_words(stream)))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+
+
+def _is_finished(run: Run, stream: str) -> bool:
+    """False for a stream that a probe began to add to a complete run and has not ended."""
+    return not run.complete or stream in run.attributes["digests"]["rows"]
 
 
 def _maker(run: Run) -> str:
@@ -191,11 +197,12 @@ def _import_words(description: dict[str, Any]) -> str:
 
 def _stream_words(stream: dict[str, Any]) -> str:
     steps, batches = stream["steps"], stream["batches"]
+    end = "" if stream["finished"] else "; not finished, give the same `capture probe` again"
     if not steps:
-        return "nothing recorded yet"
+        return f"nothing recorded yet{end}"
     each = f" of {batches} batches" if batches else ""
     size = format_bytes(stream["bytes"])
-    return f"{len(steps)} rows{each}, {size}, at steps {_listed(steps)}"
+    return f"{len(steps)} rows{each}, {size}, at steps {_listed(steps)}{end}"
 
 
 def _listed(steps: list[int]) -> str:

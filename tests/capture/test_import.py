@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from hashlib import sha256
@@ -289,6 +290,29 @@ def test_an_import_that_was_killed_starts_again(tmp_path: Path) -> None:
     import_checkpoints(tmp_path / "kept", tmp_path / "run.zarr")
     assert_holds(tmp_path / "run.zarr", expected)
     assert verify_run(tmp_path / "run.zarr").sound
+
+
+def test_a_removal_that_was_killed_too_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = save_all(tmp_path / "kept")
+    out = tmp_path / "run.zarr"
+    import_checkpoints(tmp_path / "kept", out)
+    writer = RunWriter.reopen(out)
+    writer.truncate(10)  # as if it had been killed before that step
+    writer.close()
+
+    def dying(path: Path) -> None:
+        shutil.rmtree(out / "weights/value")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("capture.importing.remove", dying)
+        with pytest.raises(KeyboardInterrupt):
+            import_checkpoints(tmp_path / "kept", out)
+    assert not (out / "weights/value").exists()
+    import_checkpoints(tmp_path / "kept", out)
+    assert_holds(out, expected)
 
 
 @pytest.mark.parametrize("count", [1, 3, 6, 9, 12, 15, 20])

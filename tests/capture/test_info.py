@@ -65,3 +65,22 @@ def test_odd_attributes_are_damage_and_no_traceback(
     writer.close()
     with pytest.raises(DamagedError, match=f"attribute {name} is no table"):
         describe_run(path)
+
+
+def test_a_probe_that_was_stopped_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "run.zarr"
+    recorder, optimizer = recorder_of(path)
+    with recorder:
+        optimizer.step()
+    writer = RunWriter.reopen(path)
+    writer.add_stream("full", None)
+    stopped = "; not finished, give the same `capture probe` again"
+    assert lines(path)["full"] == f"nothing recorded yet{stopped}"
+    writer.commit("full", writer.staging("full"), step=0)
+    writer.close()
+    assert lines(path)["full"].endswith(
+        "at steps 0; not finished, give the same `capture probe` again"
+    )
+    assert "again" not in lines(path)["weights"]
+    RunWriter.reopen(path).finish(1)
+    assert "again" not in lines(path)["full"]
