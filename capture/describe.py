@@ -1,7 +1,4 @@
-"""What a model and its optimizer are, as far as a run must know: the tensor table and the facts.
-
-Everything that cannot be recorded is refused here, by name, before the first step.
-"""
+"""What a model is, as far as a run must know: its tensors, and which of them are updated."""
 
 from __future__ import annotations
 
@@ -14,38 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn, optim
-from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from capture.dtypes import DTYPE_NAMES
+from capture.recordable import check_parameters, check_tensor
 from capture.store.errors import UnsupportedModelError
-from capture.store.tensors import RESERVED_PREFIX, TRAINABLE_DTYPES, Tensor, TensorTable
-
-# torch's dtypes by the names that safetensors gives them.
-DTYPE_NAMES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.uint16: "U16",
-    torch.int32: "I32",
-    torch.uint32: "U32",
-    torch.int64: "I64",
-    torch.uint64: "U64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-}
-
-# Optimizers of torch that add `weight_decay * w` to the gradient, and those that shrink w instead.
-# By name, since older versions of torch lack some of them.
-COUPLED_DECAY = {
-    *("SGD", "Adam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD"),
-}
-DECOUPLED_DECAY = {"AdamW", "Adafactor", "Muon"}
+from capture.store.tensors import Tensor, TensorTable
 
 
 @dataclass(frozen=True)
@@ -146,39 +116,6 @@ def describe(model: nn.Module, optimizer: optim.Optimizer) -> Description:
     )
 
 
-def check_parameters(model: nn.Module) -> None:
-    """Raise `UnsupportedModelError`, naming it, for what cannot be recorded."""
-    _check_unsharded(model)
-    for name, parameter in model.named_parameters():
-        _check_tensor(name, parameter, trainable=parameter.requires_grad)
-    if not any(p.numel() for p in model.parameters() if p.requires_grad):
-        raise UnsupportedModelError(
-            "the model has no trainable parameter",
-            where=type(model).__name__,
-            fix="set requires_grad before the recorder is attached",
-        )
-
-
-def _check_unsharded(model: nn.Module) -> None:
-    """Refuse FSDP, under which each rank has pieces of the parameters that look like parameters.
-
-    By the name of the wrapper, and by the mark on what it flattened where the wrapper was taken
-    off, as `accelerate` does.
-    """
-    wrapped = [
-        name
-        for name, module in model.named_modules()
-        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
-    ]
-    marked = [n for n, p in model.named_parameters() if getattr(p, "_fsdp_flattened", False)]
-    if wrapped or marked:
-        raise UnsupportedModelError(
-            "a model that FullyShardedDataParallel shards cannot be recorded",
-            where=repr([*wrapped, *marked][0] or type(model).__name__),
-            fix="use plain DDP",
-        )
-
-
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the bare model inside `torch.compile`, `DataParallel` and DDP wrappers."""
     while True:
@@ -188,53 +125,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.get_submodule("_orig_mod")
         else:
             return model
-
-
-def optimizer_facts(optimizer: optim.Optimizer) -> dict[str, Any]:
-    """Describe an optimizer for the run's attributes.
-
-    `kind` is "sgd" for exactly `torch.optim.SGD` with one form of momentum, else "other".
-    `no_null_reason` says of some SGD why it is "other" all the same.
-    `weight_decay` is "coupled" where it enters the gradient, "decoupled" where it shrinks the
-    weights beside it, else "unknown". Raises `UnsupportedModelError` for LBFGS and for groups
-    of which some maximize and others minimize.
-    """
-    if isinstance(optimizer, optim.LBFGS):
-        raise UnsupportedModelError(
-            "LBFGS evaluates its closure several times in one step, so a step has no one gradient",
-            where="optimizer",
-            fix="record a first-order optimizer",
-        )
-    groups = optimizer.param_groups
-    maximize = {bool(group.get("maximize", False)) for group in groups}
-    nesterov = {bool(group.get("nesterov", False)) for group in groups}
-    if len(maximize) > 1:
-        raise UnsupportedModelError(
-            "some parameter groups maximize and others minimize",
-            where="optimizer",
-            fix="use one optimizer and one Recorder for each",
-        )
-    is_sgd, mixed = type(optimizer) is optim.SGD, len(nesterov) > 1
-    reason = {"no_null_reason": "its parameter groups differ in nesterov"}
-    return {
-        "name": type(optimizer).__name__,
-        "kind": "sgd" if is_sgd and not mixed else "other",
-        **(reason if is_sgd and mixed else {}),
-        "nesterov": any(nesterov),
-        "maximize": any(maximize),
-        "dampening": [float(group.get("dampening", 0.0)) for group in groups],
-        "weight_decay": _decay_kind(optimizer),
-    }
-
-
-def _decay_kind(optimizer: optim.Optimizer) -> str:
-    name = type(optimizer).__name__
-    if type(optimizer) is not getattr(optim, name, None):
-        return "unknown"
-    flags = {bool(group.get("decoupled_weight_decay", False)) for group in optimizer.param_groups}
-    if name in DECOUPLED_DECAY or flags == {True}:
-        return "decoupled"
-    return "coupled" if name in COUPLED_DECAY and flags == {False} else "unknown"
 
 
 def _groups(optimizer: optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[int, int]:
@@ -272,7 +162,7 @@ def _buffers(
         if reader is None or not isinstance(value, torch.Tensor):
             not_stored.append(name)
             continue
-        _check_tensor(name, value, trainable=False)
+        check_tensor(name, value, trainable=False)
         found.append((name, value))
         readers[name] = reader
     aliases = _aliases(found)
@@ -303,38 +193,6 @@ def _aliases(named: Any) -> dict[str, tuple[str, ...]]:
 
 def _entry(name: str, tensor: torch.Tensor, group: int | None, aliases: tuple[str, ...]) -> Tensor:
     return Tensor(name, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], group, aliases)
-
-
-def _check_tensor(name: str, tensor: torch.Tensor, *, trainable: bool) -> None:
-    reason = _refusal(name, tensor, trainable)
-    if reason is not None:
-        what, fix = reason
-        raise UnsupportedModelError(f"{what} cannot be recorded", where=repr(name), fix=fix)
-
-
-def _refusal(name: str, tensor: torch.Tensor, trainable: bool) -> tuple[str, str] | None:
-    """Why a tensor cannot be recorded and what to do, or `None`."""
-    kind = type(tensor).__name__
-    if name.startswith(RESERVED_PREFIX) or name == "__metadata__":
-        return "a tensor with a name that the format keeps for itself", "rename it"
-    if is_lazy(tensor):
-        return "a lazy tensor without a shape", "run one forward pass before attaching"
-    if kind in ("DTensor", "FlatParameter", "ShardedTensor"):
-        return f"a sharded tensor ({kind})", "use an unsharded model, or plain DDP"
-    if tensor.is_meta:
-        return "a tensor on the meta device", "materialise the model before attaching"
-    if tensor.device.type not in ("cpu", "cuda"):
-        return f"a tensor on the device {tensor.device}", "train on cpu or cuda"
-    if tensor.is_quantized or is_traceable_wrapper_subclass(tensor):
-        return f"a quantised or wrapped tensor ({kind}, {tensor.dtype})", "record the plain model"
-    if tensor.layout != torch.strided:
-        return f"a sparse tensor ({tensor.layout})", "make it dense"
-    dtype = DTYPE_NAMES.get(tensor.dtype)
-    if trainable and dtype not in TRAINABLE_DTYPES:
-        return f"a trainable tensor of {tensor.dtype}", "use a real floating-point dtype"
-    if dtype is None:
-        return f"a tensor of {tensor.dtype}, which safetensors lacks,", "use another dtype"
-    return None
 
 
 def _fingerprints(model: nn.Module, optimizer: optim.Optimizer) -> Iterator[tuple[Any, ...]]:

@@ -9,8 +9,9 @@ import torch
 from torch import optim
 
 from capture.config import TrainConfig
-from capture.describe import check_parameters, describe
+from capture.describe import describe
 from capture.models import build_model
+from capture.recordable import check_parameters
 from capture.store import TensorTable, UsageError
 from capture.tasks import build_task
 

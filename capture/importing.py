@@ -25,9 +25,10 @@ from capture.import_plan import Choices, ImportPlan, plan_import
 from capture.progress import counting, format_bytes
 from capture.storage import free_bytes
 from capture.store import InputError, RunWriter, Staging, WriteError
-from capture.store.attributes import read_attributes, refuse_taken
+from capture.store.attributes import read_attributes
 from capture.store.layout import COMPLETE, LOCK, METADATA, PRIVATE_FOLDER, WEIGHTS
 from capture.store.place import Place, make_folders, place_of, remove, take_lock
+from capture.store.start import refuse_taken
 
 # The run's attribute that tells where its rows come from.
 IMPORTED = "imported"

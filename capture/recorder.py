@@ -31,10 +31,11 @@ from capture.arguments import (
     with_config,
 )
 from capture.clipping import GradientWatch
-from capture.describe import describe, optimizer_facts
+from capture.describe import describe
 from capture.hooks import StepHooks
 from capture.interruption import Interrupted
 from capture.opening import RunPlan, finished_step
+from capture.optimizer_facts import optimizer_facts
 from capture.ranks import require_rank
 from capture.recording import Recording
 from capture.resume import Moment, Stateful

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from safetensors.torch import save as serialize_tensors
 
-from capture.describe import DTYPE_NAMES
+from capture.dtypes import DTYPE_NAMES
 from capture.store.errors import DamagedError, UsageError
 from capture.store.place import Place, make_folders, remove, write_durably
 from capture.store.states import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from capture.describe import DTYPE_NAMES
+from capture.dtypes import DTYPE_NAMES
 from capture.store import Run
 from capture.store.export import read_state
 

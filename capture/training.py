@@ -16,11 +16,12 @@ from torch.optim import Optimizer
 from capture.batches import BatchOrder, load_batches, mix
 from capture.branch import Branch, open_branch
 from capture.config import TrainConfig
-from capture.describe import check_parameters, describe
+from capture.describe import describe
 from capture.gradients import Probe, build_probes
 from capture.models import build_model
 from capture.optimizers import LearningRate, build_optimizer, learning_rate
 from capture.provenance import data_facts, run_attributes
+from capture.recordable import check_parameters
 from capture.rng import seed_all
 from capture.storage import Storage, plan_storage
 from capture.store import UsageError

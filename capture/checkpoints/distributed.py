@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from capture.checkpoints.contents import Contents, find_state, tensor_of
 from capture.checkpoints.torch_files import first_words, raw_bytes
-from capture.describe import DTYPE_NAMES
+from capture.dtypes import DTYPE_NAMES
 from capture.store.errors import DamagedError, InputError
 
 METADATA_FILE = ".metadata"

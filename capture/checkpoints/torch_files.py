@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from capture.checkpoints.contents import Contents, find_state, is_text, step_in, tensor_of
-from capture.describe import DTYPE_NAMES
+from capture.dtypes import DTYPE_NAMES
 from capture.store.errors import DamagedError, InputError, UsageError
 from capture.store.tensors import Tensor
 

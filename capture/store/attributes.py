@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 from crc32c import crc32c
@@ -15,22 +13,13 @@ from capture.store.errors import RESTORE, DamagedError, NotARunError, UsageError
 from capture.store.layout import (
     ATTRIBUTES_CHECKSUM,
     ATTRIBUTES_KEY,
-    COMMIT_LOG,
     COMPLETE,
-    EMA,
     FORMAT_VERSION,
-    FROZEN,
-    GRADIENTS,
-    LOCK,
     METADATA,
-    PRIVATE_FOLDER,
     RECORDING,
-    SCALARS,
-    UPDATES,
     WEIGHTS,
 )
-from capture.store.objects import ObjectPath
-from capture.store.place import Place, relative_to
+from capture.store.place import Place
 
 # Attributes that the store writes itself.
 OWN_ATTRIBUTES = frozenset(
@@ -64,28 +53,6 @@ def attributes_checksum(entries: Mapping[str, Any]) -> str:
     rest = {name: value for name, value in entries.items() if name != ATTRIBUTES_CHECKSUM}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return f"{crc32c(text.encode()):08x}"
-
-
-def refuse_taken(path: Place) -> None:
-    """Refuse a path that cannot become a new run: `UsageError` where it is already something."""
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise UsageError("a file is in the way", where=path, fix="choose another --out")
-    if (path / METADATA).exists():
-        try:
-            complete = read_attributes(path)["status"] == COMPLETE
-        except NotARunError:
-            pass
-        else:
-            go_on = "continue it with --resume (resume=True in a Recorder), or "
-            fix = f"{'' if complete else go_on}choose another --out"
-            raise UsageError("a run is already recorded here", where=path, fix=fix)
-    elif _holds_no_more_than_a_start(path):
-        return
-    raise UsageError(
-        "the folder is neither empty nor a run", where=path, fix="choose another --out"
-    )
 
 
 def read_attributes(root: Place) -> dict[str, Any]:
@@ -166,34 +133,3 @@ _CHECKS: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
     "streams": lambda value, _: streams_are_sound(value) and value.get(WEIGHTS, 0) is None,
     "digests": _digests_are_sound,
 }
-
-
-def _holds_no_more_than_a_start(root: Place) -> bool:
-    """Whether the folder is empty, or holds a run that was stopped before its root was written.
-
-    Strict, since what is found here gives way to the new run: no shards, no other files.
-    """
-    if not {path.name for path in root.iterdir()} <= {WEIGHTS, EMA, GRADIENTS, UPDATES, SCALARS}:
-        return False
-    if isinstance(root, ObjectPath):
-        return all(_is_of_a_start(relative_to(path, root), size) for path, size in root.below())
-    for folder, subfolders, files in os.walk(root):
-        paths = [Path(folder, name) for name in (*subfolders, *files)]
-        if any(path.is_symlink() for path in paths):
-            return False
-        for path in paths[len(subfolders) :]:
-            if not _is_of_a_start(relative_to(path, root), path.stat().st_size):
-                return False
-    return True
-
-
-def _is_of_a_start(relative: str, size: int) -> bool:
-    """Whether a creation that did not finish may have left this file of so many bytes."""
-    path, private = PurePosixPath(relative), PurePosixPath(WEIGHTS, "value", PRIVATE_FOLDER)
-    return (
-        path.name == METADATA
-        or (path.name == COMMIT_LOG and size == 0)
-        or path in (private / LOCK, private / FROZEN)
-        or (path.parent == private and path.suffix == ".tmp")
-        or path.parts[-3:-1] == ("batch", "c")
-    )

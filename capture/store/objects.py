@@ -1,48 +1,32 @@
 """Paths on an object store: `s3://bucket/run.zarr`, `gs://…`, `az://…`; to read, also `https://…`.
 
 An object is there whole or not at all, so nothing here needs temporary files or renames. A web
-server lists nothing and is never written to: there, what has a `zarr.json` is a folder. Requests
-that a server refuses for now (5xx, timeouts, broken connections) are sent again by `obstore`, up
-to `RETRIES` times with waits that double and vary at random. `obstore` is the optional extra
-`objects`; it is imported when the first such address is used.
+server lists nothing and is never written to: there, what has a `zarr.json` is a folder.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from capture.store.errors import (
-    RESTORE,
     DamagedError,
     InputError,
-    StraightwayError,
     UsageError,
-    WriteError,
 )
 from capture.store.layout import METADATA
+from capture.store.object_store import connect, reading, writing
 
 if TYPE_CHECKING:
     from obstore import UpdateVersion
-    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+    from obstore.store import ObjectStore
 
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "memory", "http", "https")
 READ_ONLY = ("http", "https")
 
-RETRIES = 8
-FIRST_WAIT = timedelta(seconds=0.1)
-LONGEST_WAIT = timedelta(seconds=10)
-GIVE_UP = timedelta(minutes=3)
-
-# One request sends or fetches at most `PART_BYTES` within this time, else it counts as failed.
-REQUEST_SECONDS = 120
 # Above this, an object goes up in parts; it is seen only when the last of them is there.
 WHOLE_BYTES = 256 * 2**20
 PART_BYTES = 64 * 2**20
@@ -52,9 +36,6 @@ COPY_BYTES = 8 * 2**20
 
 # What obstore says of a range that begins where the object has ended.
 _BEYOND_THE_END = "status code: 416"
-
-_AGAIN = "check address, credentials and network, then try again"
-_RESUME = f"{_AGAIN}; a stopped training goes on with --resume"
 
 
 def is_object_address(text: str) -> bool:
@@ -105,7 +86,7 @@ class ObjectPath:
     @property
     def store(self) -> ObjectStore:
         """The store of obstore, whose own root is that of the run."""
-        return _store(self.root)
+        return connect(self.root)
 
     @property
     def is_read_only(self) -> bool:
@@ -134,7 +115,7 @@ class ObjectPath:
     def iterdir(self) -> Iterator[ObjectPath]:
         """Objects and folders directly below; none where this is no folder."""
         self._require_listing()
-        with _reading(self):
+        with reading(self):
             found = self.store.list_with_delimiter(self.key or None)
         keys = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
         yield from (ObjectPath(self.root, key) for key in sorted(keys))
@@ -149,7 +130,7 @@ class ObjectPath:
     def below(self) -> Iterator[tuple[ObjectPath, int]]:
         """Every object below, with its size in bytes."""
         self._require_listing()
-        with _reading(self):
+        with reading(self):
             for portion in self.store.list(self.key or None, chunk_size=1000):
                 for entry in portion:
                     yield ObjectPath(self.root, entry["path"]), entry["size"]
@@ -160,7 +141,7 @@ class ObjectPath:
         `DamagedError` where it is missing or cut off, `InputError` where the store does not answer.
         """
         for _ in range(2):
-            with _reading(self):
+            with reading(self):
                 found = self.store.get(self.key)
                 data, size = found.bytes().to_bytes(), found.meta["size"]
             if len(data) == size:
@@ -175,7 +156,7 @@ class ObjectPath:
         """
         for _ in range(2):
             file.seek(0)
-            with _reading(self):
+            with reading(self):
                 found = self.store.get(self.key)
                 for part in found.stream(min_chunk_size=COPY_BYTES):
                     file.write(part)
@@ -192,7 +173,7 @@ class ObjectPath:
         """
         from obstore.exceptions import GenericError, NotSupportedError
 
-        with _reading(self):
+        with reading(self):
             try:
                 found = self.store.get(self.key, options={"range": (start, stop)})
                 return memoryview(found.bytes()), found.meta["size"]
@@ -214,7 +195,7 @@ class ObjectPath:
         """
         self.require_writable()
         view = memoryview(data).cast("B")
-        with _writing(self):
+        with writing(self):
             done = self.store.put(
                 self.key,
                 # An empty memoryview is not taken.
@@ -229,7 +210,7 @@ class ObjectPath:
         """Remove the object and all that lies below, if there is any; the run's root first."""
         self.require_writable()
         keys = [place.key for place, _ in self.below()]
-        with _writing(self):
+        with writing(self):
             for key in [*([self.key] if self.key else []), *sorted(keys, key=_depth)]:
                 try:
                     self.store.delete(key)
@@ -238,7 +219,7 @@ class ObjectPath:
 
     def version(self) -> UpdateVersion | None:
         """Which version of the object is here, for a conditional write; `None` without any."""
-        with _reading(self):
+        with reading(self):
             try:
                 found = self.store.head(self.key)
             except FileNotFoundError:
@@ -269,74 +250,3 @@ def _version(e_tag: str | None, version: str | None) -> UpdateVersion:
 
 def _depth(key: str) -> tuple[int, str]:
     return key.count("/"), key
-
-
-@lru_cache(maxsize=64)
-def _store(root: str) -> ObjectStore:
-    try:
-        from obstore.store import MemoryStore, from_url
-    except ImportError as error:
-        raise UsageError(
-            "runs on object stores need the package obstore",
-            where=root,
-            fix="pip install 'straightway[objects]'",
-        ) from error
-    if root.partition("://")[0] == "memory":
-        return MemoryStore()
-    retries: RetryConfig = {
-        "max_retries": RETRIES,
-        "retry_timeout": GIVE_UP,
-        "backoff": {"init_backoff": FIRST_WAIT, "max_backoff": LONGEST_WAIT, "base": 2},
-    }
-    options: ClientConfig = {
-        "allow_http": root.startswith("http://") or _allows_http(),
-        "connect_timeout": "10s",
-        "timeout": f"{REQUEST_SECONDS}s",
-    }
-    try:
-        return from_url(root, retry_config=retries, client_options=options)
-    except Exception as error:  # what obstore says of an address has no common class
-        raise UsageError(
-            f"no object store can be opened here ({_reason(error)})", where=root, fix=_AGAIN
-        ) from error
-
-
-def _allows_http() -> bool:
-    """Whether the user names an endpoint without TLS, a server of their own."""
-    endpoints = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT")
-    plain = any(os.environ.get(name, "").startswith("http://") for name in endpoints)
-    return plain or os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
-
-
-@contextmanager
-def _reading(place: ObjectPath) -> Iterator[None]:
-    """Turn what the store says while it is read into an `InputError` that names the object."""
-    try:
-        yield
-    except (StraightwayError, GeneratorExit):
-        raise
-    except FileNotFoundError as error:
-        raise DamagedError("the file is missing", where=place, fix=RESTORE) from error
-    except Exception as error:
-        what = f"the object store does not give this ({_reason(error)})"
-        raise InputError(what, where=place, fix=_AGAIN) from error
-
-
-@contextmanager
-def _writing(place: ObjectPath) -> Iterator[None]:
-    """Turn what the store refuses into a `WriteError`, but for conditions that do not hold."""
-    from obstore.exceptions import AlreadyExistsError, PreconditionError
-
-    try:
-        yield
-    except (StraightwayError, AlreadyExistsError, PreconditionError):
-        raise
-    except Exception as error:
-        what = f"cannot write, the object store refuses ({_reason(error)})"
-        raise WriteError(what, where=place, fix=_RESUME) from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what a library says: the rest repeats it for programmers."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]

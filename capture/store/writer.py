@@ -22,7 +22,6 @@ from capture.store.attributes import (
     attributes_checksum,
     check_given,
     read_attributes,
-    refuse_taken,
     streams_are_sound,
 )
 from capture.store.errors import MismatchError, UsageError, WriteError
@@ -37,12 +36,10 @@ from capture.store.layout import (
     METADATA,
     PRIVATE_FOLDER,
     RECORDING,
-    SCALARS,
     WEIGHTS,
     group_document,
     stream_folder,
 )
-from capture.store.objects import ObjectPath
 from capture.store.place import (
     Lock,
     Place,
@@ -55,6 +52,7 @@ from capture.store.place import (
 )
 from capture.store.scalars import ScalarsWriter
 from capture.store.shard import ShardLayout, Staging
+from capture.store.start import clear_start, refuse_taken, write_groups
 from capture.store.stream_writer import StreamWriter
 from capture.store.tensors import TensorTable
 
@@ -119,7 +117,7 @@ class RunWriter:
             with writing(root):
                 # Again, now that nobody else can be at work here.
                 refuse_taken(root)
-            _clear_start(root, private / LOCK)
+            clear_start(root, private / LOCK)
             return cls._create(root, lock, table, streams, attributes or {}, frozen or {})
         except BaseException:
             lock.release()
@@ -146,7 +144,7 @@ class RunWriter:
         writer = cls(root, lock, table, entries["streams"], entries)
         if table.frozen:
             entries["frozen_crc32c"] = write_frozen(writer.state_folder, table, frozen)
-        writer._write_groups()
+        write_groups(root, writer._streams, writer.state_folder)
         for stream in writer._streams.values():
             stream.start()
         # The root comes last: before it is there, this is not a run.
@@ -263,7 +261,7 @@ class RunWriter:
         layout = ShardLayout(name, self.table, batches)
         remove(self.path / stream_folder(name))  # what a crash left before the root told of it
         self._streams[name] = StreamWriter(self.path, self.state_folder, layout)
-        self._write_groups()
+        write_groups(self.path, self._streams, self.state_folder)
         self._streams[name].start()
         self._attributes["streams"] = {**self._attributes["streams"], name: batches}
         self._write_attributes()
@@ -328,30 +326,3 @@ class RunWriter:
         self._attributes[ATTRIBUTES_CHECKSUM] = attributes_checksum(self._attributes)
         document = group_document({ATTRIBUTES_KEY: self._attributes})
         write_json(self.path / METADATA, document, self.state_folder)
-
-    def _write_groups(self) -> None:
-        folders = {folder for name in self._streams for folder in _groups(name)}
-        for folder in sorted({SCALARS, *folders}):
-            make_folders(self.path / folder, self.path)
-            write_json(self.path / folder / METADATA, group_document(), self.state_folder)
-
-
-def _clear_start(root: Place, lock: Place) -> None:
-    """Remove what an earlier creation left before it had finished, all but the lock's file."""
-    if isinstance(root, ObjectPath):
-        for path, _ in root.below():
-            if path != lock:
-                remove(path)
-        return
-    assert isinstance(lock, Path), "the lock lies in the run"
-    kept = {lock, *lock.parents}
-    for folder in (root, *(path for path in reversed(lock.parents) if root in path.parents)):
-        for leftover in folder.iterdir():
-            if leftover not in kept:
-                remove(leftover)
-
-
-def _groups(stream: str) -> list[str]:
-    folder = stream_folder(stream)
-    parts = folder.split("/")
-    return ["/".join(parts[: count + 1]) for count in range(len(parts))]

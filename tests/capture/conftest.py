@@ -173,10 +173,10 @@ class Bucket:
         urllib.request.urlopen(urllib.request.Request(url, method="PUT"), timeout=30).close()
 
     def use_endpoint(self, endpoint):
-        from capture.store import objects
+        from capture.store import object_store
 
         self._monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        objects._store.cache_clear()
+        object_store.connect.cache_clear()
 
     def place(self, key, name="run.zarr"):
         from capture.store.objects import ObjectPath

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn, optim
 
-from capture.describe import Description, describe, optimizer_facts, unwrap
+from capture.describe import Description, describe, unwrap
 from capture.opening import parameter_order
+from capture.optimizer_facts import optimizer_facts
 from capture.store import Tensor, UnsupportedModelError
 
 

@@ -17,7 +17,14 @@ import pytest
 
 from analyze.compute import compute_moments
 from analyze.references import parse_reference
-from capture.store import DamagedError, StraightwayError, fetched_shard, layout, objects, open_run
+from capture.store import (
+    DamagedError,
+    StraightwayError,
+    fetched_shard,
+    layout,
+    object_store,
+    open_run,
+)
 from tests.analyze.small_runs import random_streams, write_run
 
 REQUESTS = int(os.environ.get("STRAIGHTWAY_FAULT_REQUESTS", "600"))
@@ -30,9 +37,9 @@ STREAMS = ("minibatch", "fixed")
 @pytest.fixture(autouse=True)
 def small_and_quick(monkeypatch):
     monkeypatch.setattr(layout, "TARGET_CHUNK_BYTES", CHUNK_BYTES)
-    monkeypatch.setattr(objects, "RETRIES", 4)
-    monkeypatch.setattr(objects, "FIRST_WAIT", timedelta(milliseconds=1))
-    monkeypatch.setattr(objects, "LONGEST_WAIT", timedelta(milliseconds=10))
+    monkeypatch.setattr(object_store, "RETRIES", 4)
+    monkeypatch.setattr(object_store, "FIRST_WAIT", timedelta(milliseconds=1))
+    monkeypatch.setattr(object_store, "LONGEST_WAIT", timedelta(milliseconds=10))
 
 
 @pytest.fixture

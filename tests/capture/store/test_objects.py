@@ -29,6 +29,7 @@ from capture.store import (
     WriteError,
     export_state_dict,
     object_lock,
+    object_store,
     objects,
     open_run,
     verify_run,
@@ -57,9 +58,9 @@ def local(tmp_path, sample):
 @pytest.fixture
 def quick(monkeypatch):
     """Few and short waits between requests that fail."""
-    monkeypatch.setattr(objects, "RETRIES", 4)
-    monkeypatch.setattr(objects, "FIRST_WAIT", timedelta(milliseconds=1))
-    monkeypatch.setattr(objects, "LONGEST_WAIT", timedelta(milliseconds=10))
+    monkeypatch.setattr(object_store, "RETRIES", 4)
+    monkeypatch.setattr(object_store, "FIRST_WAIT", timedelta(milliseconds=1))
+    monkeypatch.setattr(object_store, "LONGEST_WAIT", timedelta(milliseconds=10))
 
 
 @pytest.fixture
@@ -441,6 +442,6 @@ def test_local_runs_do_without_obstore():
 
 def test_without_obstore_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore.store", None)
-    objects._store.cache_clear()
+    object_store.connect.cache_clear()
     with pytest.raises(UsageError, match=r"pip install 'straightway\[objects\]'"):
         open_run("s3://bucket/run.zarr")

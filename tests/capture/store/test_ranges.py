@@ -22,7 +22,7 @@ from capture.store import (
     fetch_ahead,
     fetched_shard,
     layout,
-    objects,
+    object_store,
     open_run,
     verify_run,
 )
@@ -41,9 +41,9 @@ def small_chunks(monkeypatch):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Few and short waits between requests that fail."""
-    monkeypatch.setattr(objects, "RETRIES", 4)
-    monkeypatch.setattr(objects, "FIRST_WAIT", timedelta(milliseconds=1))
-    monkeypatch.setattr(objects, "LONGEST_WAIT", timedelta(milliseconds=10))
+    monkeypatch.setattr(object_store, "RETRIES", 4)
+    monkeypatch.setattr(object_store, "FIRST_WAIT", timedelta(milliseconds=1))
+    monkeypatch.setattr(object_store, "LONGEST_WAIT", timedelta(milliseconds=10))
 
 
 @pytest.fixture
