@@ -95,9 +95,10 @@ class ResumeStates:
             "epoch": moment.epoch,
             "epoch_begun": self._snapshots.epoch_begun,
             "gradient_missing": self._snapshots.gradient_missing,
-            "clipping": self.clipping.to_json(),
             "extra": extra,
         }
+        if seen := self.clipping.to_json():
+            tree["clipping"] = seen
         # First: a training that stops between the two resumes before this step, and keeps it then.
         if moment.keep:
             save(self._writer.state_folder, moment.step, tree, keep=True)
@@ -119,7 +120,6 @@ class ResumeStates:
             entry.load_state_dict(saved[name])
         self._snapshots.epoch_begun = tree["epoch_begun"]
         self._snapshots.gradient_missing = Counter(tree["gradient_missing"])
-        # States of earlier versions do not tell of it.
         self.clipping = Clipping.from_json(tree.get("clipping", {}))
         restore_rng_state(tree["rng"])
 
