@@ -18,7 +18,7 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 SCHEDULES: Notes = {
     "SCHEDULE, the steps that are saved (step t is the state before update t)": (
         ("10", "steps 0, 10, 20, …; also written every:10"),
-        ("log:50", "50 steps of the whole run, close at its beginning: 0, 1, 2, 3, 5, …"),
+        ("log:50", "50 steps of the whole run: each one at first, then ever further apart"),
         ("epoch", "the first step of every epoch"),
         (
             "bursts:51:1,2,5",

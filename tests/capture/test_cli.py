@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file
@@ -18,7 +19,9 @@ from capture.cli import main
 from capture.command_line import Command, Group
 from capture.config import TrainConfig
 from capture.models import build_model
+from capture.schedule import parse_schedule
 from capture.store import open_run
+from capture.streams import PROBES, STREAMS, parse_streams
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,6 +95,43 @@ def test_help_says_what_the_arguments_are():
     shown = " ".join(call("train", "--help").stdout.split())
     assert "out, resume and force are not in it" in shown
     assert "starts it where there is none" in shown
+
+
+@pytest.mark.parametrize("name", main.commands)
+def test_every_option_is_explained(name):
+    for parameter in main.commands[name].params:
+        if isinstance(parameter, click.Option):
+            assert len(parameter.help.split()) >= 4, parameter.name
+            assert parameter.help.endswith("."), parameter.name
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("train", 7), ("plan", 7), ("probe", 5)])
+def test_help_explains_streams_and_schedules_by_examples_that_parse(name, kinds):
+    shown = {term for terms in main.commands[name].notes.values() for term, _ in terms}
+    schedules = {"10", "log:50", "epoch", "bursts:51:1,2,5", "10+log:50"} & shown
+    assert len(schedules) == (0 if name == "probe" else 5)
+    for schedule in schedules:
+        parse_schedule(schedule, total_steps=880, steps_per_epoch=22)
+    named = {
+        r.name
+        for term in shown
+        if term[0].islower() and " " not in term and term not in schedules and term != "none"
+        for r in parse_streams(term)
+    }
+    known = {*PROBES, *(STREAMS if name != "probe" else ())}
+    assert named == known
+    assert len(known) == kinds
+
+
+def test_schedules_are_what_the_help_says():
+    burst = parse_schedule("bursts:51:1,2,5")
+    assert burst.steps(103) == [0, 1, 2, 5, 51, 52, 53, 56, 102]
+    logarithmic = parse_schedule("log:50", total_steps=880).steps(880)
+    assert len(logarithmic) == 50
+    gaps = np.diff(logarithmic)
+    assert gaps[0] == 1
+    # Rounding apart.
+    assert (np.diff(gaps) >= -1).all()
 
 
 def test_train_prints_a_summary_and_the_next_command_on_stderr(run):
