@@ -108,6 +108,11 @@ def _decay(run: Provenance) -> str:
 
 def _seeds(run: Provenance) -> str:
     seeds = {name: value for name, value in run.entry("seeds").items() if value is not None}
+    own = {key: run.entry("config").get(key) for key in _SEEDS}
+    if not seeds and not run.is_of_train and any(value is not None for value in own.values()):
+        # Settings of a loop of one's own: what they seed is not known.
+        told = [f"{code(key)} {number(value)}" for key, value in own.items() if value is not None]
+        return f"Settings of seeds: {', '.join(told)}."
     names = [*(name for name in _SEEDS if name in seeds), *sorted(seeds.keys() - _SEEDS.keys())]
     listed = ", ".join(f"{_SEEDS.get(name, code(name))} {number(seeds[name])}" for name in names)
     return f"Seeds: {listed}." if listed else f"The seeds {run.missing(2)}."

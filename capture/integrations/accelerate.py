@@ -6,6 +6,7 @@
 
 Clip with `recorder.clip_grad_norm_`, where ``accelerator.sync_gradients``; under fp16 after
 `accelerator.unscale_gradients`. The factor of `accelerator.clip_grad_norm_` is unknown (NaN).
+Several processes record under plain DDP; a model that FSDP shards is refused.
 """
 
 from __future__ import annotations

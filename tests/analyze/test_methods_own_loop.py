@@ -1,4 +1,4 @@
-"""`analyze methods` says what the recorder saw of clipping, whoever did it."""
+"""`analyze methods` of loops of one's own: who clipped, and what their settings say."""
 
 from __future__ import annotations
 
@@ -89,3 +89,11 @@ def test_an_attribute_of_that_name_in_a_foreign_run_is_not_believed(
     text = describe_methods([str(path)], ".md")
     assert "Gradients were clipped in 3 of the 5 updates whose factor is known" in text
     assert "<b>" not in text
+
+
+def test_settings_of_a_loop_of_ones_own_are_told_and_not_taken_for_others(tmp_path: Path) -> None:
+    config = {"model": "wide", "seed": 3}
+    text = told(tmp_path / "run.zarr", lambda *_: None, config=config)
+    assert "Model `wide`, D = 8 trainable parameters." in text
+    assert "Settings of seeds: `seed` 3." in text
+    assert "initialisation 3" not in text
