@@ -171,7 +171,7 @@ def _not_finite(run: Run, imported: dict[str, Any]) -> dict[str, Any]:
     """
     entries = imported.get("checkpoints")
     if isinstance(entries, list):
-        steps = [e["step"] for e in entries if isinstance(e, dict) and e.get("not_finite")]
+        steps = [e.get("step") for e in entries if isinstance(e, dict) and e.get("not_finite")]
         return {"steps": steps} if steps else {}
     names = [name for name in ("grad_norm", "update_norm") if name in run.scalar_names()]
     odd = sorted({int(t) for name in names for t in np.flatnonzero(~np.isfinite(run.scalar(name)))})

@@ -161,7 +161,8 @@ _HOW = options(
         int,
         "Threads of torch on the CPU. Default: 1 for digits and stdlib-text, whose steps are so "
         "short that more threads wait for each other, several times slower on a busy machine; "
-        "else torch's own choice.",
+        "else torch's own choice, usually one per core. On a shared machine try 1 for any small "
+        "model.",
     ),
     ("--workers", int, "Processes that load data beside the training. Default: 0."),
 )
