@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analyze.pair_kernels import add_batches, add_chain, add_distances, add_pairs, find_finite
-from analyze.row_bytes import Addresses, Integers, RowBytes
+from analyze.row_bytes import Integers, RowBytes
 from analyze.row_products import LANES, PANEL
 
 Values = NDArray[np.float64]

@@ -22,6 +22,7 @@ from numba.extending import intrinsic
 
 from analyze.row_products import LANES, add_products
 
+
 def _compile(function: Callable[..., Any]) -> Any:
     """Compile with leave to reorder sums and fuse products, not to assume that NaN is absent."""
     options: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "nogil": True}
@@ -52,8 +53,7 @@ _at: Any = _pointer
 
 @_compile
 def _load_rows(addresses, like, low, width, length, out):  # type: ignore[no-untyped-def]
-    """Copy `width` coordinates from `low` on to `out` ``[n, …]``; zeros on from there to `length`.
-    """
+    """Copy `width` coordinates from `low` on to `out` ``[n, …]``; zeros beyond, to `length`."""
     skip = types.uint64(low * like.itemsize)
     for row in range(addresses.size):
         target = out[row]

@@ -211,9 +211,7 @@ def fetch_ahead(shards: Sequence[Shard], chunks: range) -> None:
         window.move_on()
 
 
-def read_parts(
-    shards: Sequence[Shard], chunk: int, start: int, stop: int
-) -> Iterator[memoryview]:
+def read_parts(shards: Sequence[Shard], chunk: int, start: int, stop: int) -> Iterator[memoryview]:
     """Read bytes `start` to `stop` of an inner chunk of each shard, as `Shard.read_part` does.
 
     From an object store with several requests in flight; the parts of all are held.
