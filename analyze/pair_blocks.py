@@ -17,7 +17,7 @@ from capture.store import UsageError
 
 Integers = NDArray[np.int64]
 
-# Rows that are multiplied with each other at a time, and files that a task maps for it.
+# Rows that are multiplied with each other at a time, and shards that a task reads for it.
 MOST_ROWS = 256
 _MOST_SHARDS = 2048
 # Parts of the coordinates that are added up on their own: at most so many, and so many bytes.
@@ -109,12 +109,12 @@ def _squares(pairs: Integers, num_rows: int, most: int) -> Iterator[tuple[Intege
         yield np.arange(len(pairs)), np.arange(num_rows)
         return
     intervals = math.ceil(num_rows / (most // 2))
-    interval = pairs * intervals // num_rows
-    number = np.arange(num_rows) * intervals // num_rows
+    of_pair = pairs * intervals // num_rows
+    of_row = np.arange(num_rows) * intervals // num_rows
     for first in range(intervals):
         for second in range(first, intervals):
-            here = (interval[:, 0] == first) & (interval[:, 1] == second)
-            own = number == first if first == second else np.zeros(num_rows, bool)
+            here = (of_pair[:, 0] == first) & (of_pair[:, 1] == second)
+            own = of_row == first if first == second else np.zeros(num_rows, bool)
             yield np.flatnonzero(here), np.flatnonzero(own)
 
 

@@ -14,6 +14,7 @@ from threading import Lock
 
 import numpy as np
 import pytest
+from crc32c import crc32c
 
 from capture.store import (
     DamagedError,
@@ -87,6 +88,18 @@ def test_a_chunk_costs_its_own_bytes(bucket, sample, table, weights):
         shard.confirm(9, None)
     path = f"/{bucket.name}/run.zarr/weights/value/c/{ROW}/0"
     assert seen == [("GET", path, CHUNK_BYTES)] * 2
+
+
+def test_parts_of_a_chunk_are_confirmed_together(bucket, sample, table, weights):
+    seen = bucket.fail(lambda method, path: None)
+    expected = chunk_of(sample.values(table, "weights", ROW), 9).tobytes()
+    with weights.open(ROW) as shard:
+        parts = [bytes(shard.read_part(9, *span)) for span in ((0, 100), (100, len(expected)))]
+        assert b"".join(parts) == expected
+        shard.confirm(9, crc32c(expected))
+        with pytest.raises(DamagedError, match="inner chunk 9 does not match"):
+            shard.confirm(9, crc32c(expected[:-1]))
+    assert [size for _, _, size in seen] == [100, len(expected) - 100, PADDING, PADDING]
 
 
 def test_the_rest_costs_its_own_bytes(bucket, weights, table):
