@@ -3,7 +3,6 @@
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,8 @@ from tests.analyze.small_runs import random_streams, same_bytes, table_of, write
 ROOT = Path(__file__).parents[2]
 
 
-def test_ten_thousand_rows_of_twelve_streams_open_in_two_seconds(tmp_path: Path) -> None:
-    """Logs as a run of ResNet-18 size has them; opening looks at no shard."""
+def test_ten_thousand_rows_of_twelve_streams_open_without_a_shard(tmp_path: Path) -> None:
+    """Logs as a run of ResNet-18 size has them; how long that takes, `make bench` measures."""
     path, rows, size = tmp_path / "run.zarr", 10_000, 11_173_962
     names = [f"s{index}" for index in range(11)]
     RunWriter.create(
@@ -36,16 +35,8 @@ def test_ten_thousand_rows_of_twelve_streams_open_in_two_seconds(tmp_path: Path)
     )
     for log_path in path.rglob(layout.COMMIT_LOG):
         log_path.write_bytes(text)
-    # The best of three: other programs on the machine can only add to the time.
-    taken = []
-    for _ in range(3):
-        start = time.perf_counter()
-        streams = open_run(path).streams
-        steps = [stream.steps for stream in streams.values()]
-        taken.append(time.perf_counter() - start)
-        if taken[-1] < 2:
-            break
-    assert min(taken) < 2
+    streams = open_run(path).streams
+    steps = [stream.steps for stream in streams.values()]
     assert len(steps) == 12
     assert all((s == 3 * np.arange(rows)).all() for s in steps)
     assert streams["s3"].commits[77].chunks == chunks
