@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-BENCHMARKS = ("compute", "pairs", "peers", "growth", "recorder", "training")
+BENCHMARKS = ("opening", "compute", "pairs", "peers", "growth", "recorder", "training")
 PACKAGES = ("straightway", "numpy", "numba", "dask", "zarr", "crc32c", "torch")
 
 
