@@ -118,6 +118,11 @@ def update_null(run: Run, reference: str, steps: Integers, groups: Integers) -> 
     return ratio(-sums["dot"], sums["square"])
 
 
+def rated_streams(run: Run) -> list[str]:
+    """The streams of a run that tell learning rates."""
+    return [name for name in SOURCES if has_rows(run, name)]
+
+
 def has_rows(run: Run, stream: str) -> bool:
     """Whether a stream is there and has rows."""
     return stream in run.stream_names and len(run.stream(stream)) > 0

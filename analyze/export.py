@@ -10,12 +10,13 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
+from analyze.cache import Where
 from analyze.dataset import FACTS, to_tree
 from analyze.inputs import read_inputs
 from analyze.tables import write_table
@@ -25,20 +26,32 @@ from capture.store.files import remove, sync_folder, write_durably, writing
 from capture.store.layout import METADATA
 from capture.store.target import check_folder_target, check_target
 
+if TYPE_CHECKING:
+    from analyze.schedulers import Cluster
+
 _ZARR = ".zarr"
 # In elements: a packed variable of fewer takes more room than a plain one.
 _WORTH_PACKING = 2**14
 
 
-def export_inputs(inputs: Sequence[str], out: str | os.PathLike[str]) -> Path:
+def export_inputs(
+    inputs: Sequence[str],
+    out: str | os.PathLike[str],
+    *,
+    scheduler: str | Cluster = "threads",
+    workers: int | None = None,
+    cache: Where = True,
+) -> Path:
     """Write runs, and tables of `analyze compute`, as one table in the format of `out`'s suffix.
 
-    A run is measured against final, as a whole and by layer. Formats, and the errors of the place,
-    are those of `export_table`; `UsageError` too where `out` is an input, `InputError` for an
+    A run is measured against final, as a whole and by layer; scheduler, workers and cache are those
+    of `analyze.measure_run`. Formats, and the errors of the place, are those of `export_table`;
+    `UsageError` too where `out` is an input, `InputError` for an
     input that is neither run nor table. Then nothing is written.
     """
     target = _check(out, inputs)
-    _write(read_inputs(inputs).table, target)
+    measured = read_inputs(inputs, scheduler=scheduler, workers=workers, cache=cache)
+    _write(measured.table, target)
     return target
 
 

@@ -15,7 +15,7 @@ from analyze.adam import AdamMoments
 from analyze.moment_table import MOMENTS
 from analyze.optimizer import group_scalar, own_path, read_optimizer
 from analyze.quantities import Sums, Values, evaluate
-from analyze.references import end_of_path
+from analyze.references import is_mean, iterate_of
 from analyze.sums import (
     adam_sums,
     gradient_sums,
@@ -201,14 +201,13 @@ class Measure:
 
     def _iterate(self, reference: str) -> int | None:
         """Step of a w* that is an iterate of this run's own path, else `None`."""
-        mean = reference.startswith("mean:")
-        return None if mean else end_of_path(reference, self.run.final_step)
+        return iterate_of(reference, self.run.final_step)
 
     def _null_end(self, reference: str) -> tuple[int | None, str]:
         """Step N of a w* that has a null, else `None`; and what the null rests on, or why not."""
         if isinstance(self._path, str):
             return None, self._path
-        if reference.startswith("mean:"):
+        if is_mean(reference):
             return None, "no null: w* is a mean, no iterate of this run's own path"
         end, total = self._iterate(reference), len(self._path.grad_norms)
         if end is None:

@@ -11,23 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from analyze import schedulers
-from analyze.adam import states_to_read
+from analyze.amounts import duration, size
 from analyze.blocks import Block, cut, most_open, pieces
-from analyze.cache import Where, lacking_moments
 from analyze.compute import measure_block
 from analyze.moments import MOMENTS, moment_kind, segment_moments
-from analyze.references import Reference, parse_reference
+from analyze.references import Reference
 from analyze.schedulers import Cluster
 from analyze.session import Plan, Session, drop, keep, weights_row
-from analyze.tables import choose_streams
-from capture.store import open_run
 from capture.store.layout import ITERATES
 from capture.store.place import absolute_address
 
 # Python, numpy, numba, pyarrow and dask without any data: 126 MB were measured, and some air.
-_PROCESS_BYTES = 160 * 2**20
+PROCESS_BYTES = 160 * 2**20
 # Lines of the logs as objects of their own, numbers taken from them.
-_LOG_FACTOR = 2
+LOG_FACTOR = 2
 # Copies of one chunk of a reference that is no view: the values as stored, widened and joined.
 _COPIES = 4
 _ROW_BYTES = 8 * (len(MOMENTS) + 1)
@@ -36,7 +33,7 @@ _SAMPLE_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class Projection:
-    """The cost of one call of `compute_moments`; sizes in bytes.
+    """The cost of one pass over a run, by `compute_moments` or `compute_gram`; sizes in bytes.
 
     `rows` and `shards` are those of the streams, the weights beside them not counted.
     `bytes_to_read` counts what is read and verified: every shard as often as it is passed over,
@@ -110,45 +107,6 @@ def project(
     )
 
 
-def project_run(
-    path: str,
-    references: Sequence[str] = ("final",),
-    *,
-    streams: Sequence[str] = (),
-    scheduler: str | Cluster = "threads",
-    workers: int | None = None,
-    cache: Where = True,
-) -> list[Projection]:
-    """Say what `analyze.measure_run` with the same arguments will cost, one pass after another.
-
-    Empty where all its moments were kept, so that nothing is read; what Adam's metric reads beside
-    them says `project_metric`.
-    """
-    parsed = [parse_reference(text) for text in dict.fromkeys(references)]
-    chosen = choose_streams(open_run(path), streams)
-    return [
-        project(path, names, lacking, scheduler=scheduler, workers=workers)
-        for names, lacking in lacking_moments(path, chosen, parsed, where=cache)
-    ]
-
-
-def project_metric(
-    path: str,
-    references: Sequence[str] = ("final",),
-    *,
-    streams: Sequence[str] = (),
-    cache: Where = True,
-) -> list[str]:
-    """Say in words what Adam's metric reads beside the passes of `project_run`, if anything."""
-    parsed = [parse_reference(text) for text in dict.fromkeys(references)]
-    chosen = choose_streams(open_run(path), streams)
-    count, nbytes = states_to_read(path, chosen, parsed, where=cache)
-    if not count:
-        return []
-    states = "1 kept state" if count == 1 else f"{count} kept states"
-    return [f"for Adam's metric reads {states} of {size(nbytes)}, and the rows of their steps"]
-
-
 def _bytes_of(session: Session, threads: int, block: Block) -> int:
     """Bytes of one block, from the committed sizes; what is beside the chunks goes with chunk 0."""
     stream, grid = session.run.stream(block.stream), session.weights.grid
@@ -181,7 +139,7 @@ def _memory(session: Session, threads: int, blocks: Sequence[Block]) -> int:
     )
     task = copies * _COPIES * 2 * session.weights.grid.chunk_bytes + 3 * largest * segments * across
     result = returned * len(session.run.table.parameters)
-    return _PROCESS_BYTES + _LOG_FACTOR * logs + 2 * result + threads * task
+    return PROCESS_BYTES + LOG_FACTOR * logs + 2 * result + threads * task
 
 
 def _measure_rate(plan: Plan, session: Session, blocks: Sequence[Block]) -> tuple[int, float]:
@@ -204,22 +162,3 @@ def _measure_rate(plan: Plan, session: Session, blocks: Sequence[Block]) -> tupl
     taken = time.perf_counter() - start
     sample = _bytes_of(session, plan.threads, block)
     return sample, sample / taken
-
-
-def size(nbytes: float) -> str:
-    """Write a number of bytes with its unit, three digits: ``1.23 GB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 999.5:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB" if nbytes < 999.5 else f"{nbytes:,.0f} TB"
-
-
-def duration(seconds: float) -> str:
-    """Write a time as one would say it: ``8 s``, ``12 min``, ``3.4 h``."""
-    if seconds < 1:
-        return "a second"
-    for unit, length in (("s", 1), ("min", 60)):
-        if seconds < 120 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds / 3600:.1f} h"

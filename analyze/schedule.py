@@ -29,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -36,12 +37,11 @@ from numpy.typing import NDArray
 
 from analyze.cache import Where
 from analyze.directions import (
-    SOURCES,
     choose_source,
     directions,
     first_step,
-    has_rows,
     last_step,
+    rated_streams,
 )
 from analyze.groups import Grouping, name_of
 from analyze.metadata import printable
@@ -53,6 +53,9 @@ from analyze.verdict import PARTS, part_of
 from capture.store.errors import InputError, UsageError
 from capture.store.files import write_durably
 from capture.store.reader import Run, open_run
+
+if TYPE_CHECKING:
+    from analyze.schedulers import Cluster
 
 Integers = NDArray[np.int64]
 
@@ -130,22 +133,30 @@ def schedule_run(
     smooth: int | None = None,
     factor: float = 1.0,
     by: Grouping = "layer",
+    scheduler: str | Cluster = "threads",
+    workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     cache: Where = True,
 ) -> tuple[Schedule, str]:
     """Measure a run; return its schedule and the verdict on its learning rate, as plain text.
 
     See `fit_schedule`, and `analyze.rates.rate_verdict` for the verdict, which is in the groups
-    `by` of `analyze.groups`. Progress and cache are those of `measure_run`. Raises what these
-    raise, what is wrong with the arguments before anything is measured.
+    `by` of `analyze.groups`. Scheduler, workers, progress and cache are those of `measure_run`.
+    Raises what these raise, what is wrong with the arguments before anything is measured.
     """
     run = open_run(path)
     choose_source(run, source)
     _check(smooth, factor)
-    streams = [name for name in SOURCES if has_rows(run, name)]
     groupings: list[Grouping] = ["model"] if by == "model" else ["model", by]
     tables = measure_run(
-        path, [reference], streams=streams, by=groupings, progress=progress, cache=cache
+        path,
+        [reference],
+        streams=rated_streams(run),
+        by=groupings,
+        scheduler=scheduler,
+        workers=workers,
+        progress=progress,
+        cache=cache,
     )
     run = open_run(path)  # as `measure_run` does: it may have grown
     schedule = fit_schedule(

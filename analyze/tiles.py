@@ -54,7 +54,7 @@ class Tiles:
         self._views: list[NDArray[Any]] = []
         self._at = (np.empty(0, np.uint64),) * 2
         self._like = np.empty(0, stream.dtype)
-        self._length = _tile_length(self.num_rows * (1 + self.batches))
+        self._length = tile_length(self.num_rows * (1 + self.batches))
 
     def __enter__(self) -> Tiles:
         return self
@@ -128,7 +128,8 @@ def _addresses(views: Sequence[NDArray[Any]]) -> NDArray[np.uint64]:
     return np.array([view.ctypes.data for view in views], np.uint64)
 
 
-def _tile_length(rows: int) -> int:
+def tile_length(rows: int) -> int:
+    """Coordinates in a tile of so many rows, those of weights and gradients together."""
     length = _LONGEST
     while length > _SHORTEST and rows * length * 8 > _TILE_BYTES:
         length //= 2

@@ -21,7 +21,7 @@ from capture.store.errors import RESTORE, DamagedError, InputError, LockedError,
 DIRECT_BYTES = 4 * 2**20
 DIRECT_BLOCK = 4096
 
-_SPACE = "free space and try again; a stopped training goes on with --resume"
+_SPACE = "free space, then try again"
 _REASONS = {
     errno.ENOSPC: ("the disk is full", _SPACE),
     errno.EDQUOT: ("the disk quota is used up", _SPACE),

@@ -54,7 +54,6 @@ COPY_BYTES = 8 * 2**20
 _BEYOND_THE_END = "status code: 416"
 
 _AGAIN = "check address, credentials and network, then try again"
-_RESUME = f"{_AGAIN}; a stopped training goes on with --resume"
 
 
 def is_object_address(text: str) -> bool:
@@ -333,7 +332,7 @@ def _writing(place: ObjectPath) -> Iterator[None]:
         raise
     except Exception as error:
         what = f"cannot write, the object store refuses ({_reason(error)})"
-        raise WriteError(what, where=place, fix=_RESUME) from error
+        raise WriteError(what, where=place, fix=_AGAIN) from error
 
 
 def _reason(error: Exception) -> str:
