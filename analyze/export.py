@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
+from zarr.storage import MemoryStore
 
 from analyze.cache import Where
 from analyze.dataset import FACTS, to_tree
@@ -134,17 +136,33 @@ _FILES: Mapping[str, Callable[[pa.Table, Path], None]] = {
 
 def _write_zarr(table: pa.Table, target: Path) -> None:
     """Write beside the target, then rename; an older export steps aside until that is done."""
-    tree = to_tree(table)
+    files = _zarr_files(table)
     new, old = (target.with_name(f"{target.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     try:
         with writing(target):
-            tree.to_zarr(new, mode="w", zarr_format=3, consolidated=False)
+            for name, data in files.items():
+                file = new / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(data)
             _sync(new)
             _swap(new, target, old)
     finally:
         remove(new)
         if target.exists():
             remove(old)
+
+
+def _zarr_files(table: pa.Table) -> dict[str, bytes]:
+    """The files of a Zarr store by their names, with all metadata in one place as well.
+
+    There `xarray.open_zarr` looks first; Zarr warns that other readers may not know it, which find
+    the usual metadata beside it. In memory, since Zarr writes with threads that go on after Ctrl-C.
+    """
+    files: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Consolidated metadata is currently not part")
+        to_tree(table).to_zarr(MemoryStore(files), mode="w", zarr_format=3, consolidated=True)
+    return {name: buffer.to_bytes() for name, buffer in files.items()}
 
 
 def _swap(new: Path, target: Path, old: Path) -> None:

@@ -14,7 +14,7 @@ from analyze import tables
 from analyze.axes import Values
 from analyze.cache import Where
 from analyze.curves import distinct
-from analyze.repeats import without_repeats
+from analyze.repeats import place_name, without_repeats
 from capture.store.errors import InputError, UsageError
 from capture.store.objects import ObjectPath
 from capture.store.place import place_of
@@ -75,13 +75,14 @@ def read_inputs(
         for text in texts
         for part in (measure(text).values() if text in runs else [_read_table(text)])
     ]
-    momenta = {text: _momenta(text) for text in runs}
+    read = _by_one_name(read)
+    momenta = {place_name(text): _momenta(text) for text in runs}
     table = _without_repeats(tables.concatenate(read)) if len(read) > 1 else read[0]
     metadata = tables.read_metadata(table)
     return Measured(
         table=table,
         runs={
-            entry["run"]: {"momentum": momenta.get(entry["run"])} | entry
+            entry["run"]: {"momentum": momenta.get(place_name(entry["run"]))} | entry
             for entry in metadata["runs"]
         },
         nulls=metadata["null"],
@@ -114,6 +115,36 @@ def _read_table(text: str) -> pa.Table:
 def _momenta(path: str) -> Values | None:
     run = open_run(path)
     return run.scalar(_MOMENTUM) if _MOMENTUM in run.scalar_names() else None
+
+
+def _by_one_name(parts: Sequence[pa.Table]) -> list[pa.Table]:
+    """Give each place one name in all tables: that of the first that has it."""
+    named = [entry["run"] for part in parts for entry in tables.read_metadata(part)["runs"]]
+    first: dict[str, str] = {}
+    names = {name: first.setdefault(place_name(name), name) for name in named}
+    if all(name == chosen for name, chosen in names.items()):
+        return list(parts)
+    return [_renamed(part, names) for part in parts]
+
+
+def _renamed(table: pa.Table, names: Mapping[str, str]) -> pa.Table:
+    """Call the runs of a table by other names, in its rows and in its facts."""
+    metadata = tables.read_metadata(table)
+    for entry in metadata["runs"]:
+        entry["run"] = names[entry["run"]]
+    for key in ("null", "branched"):  # by run and reference
+        metadata[key] = {
+            f"{names[run]}|{text.removeprefix(f'{run}|')}": value
+            for text, value in metadata.get(key, {}).items()
+            for run in names
+            if text.startswith(f"{run}|")
+        }
+    called = table["run"].combine_chunks().dictionary_encode()
+    texts = [names[name] for name in called.dictionary.to_pylist()]
+    column = tables.texts(texts, called.indices.to_numpy())
+    place = table.schema.get_field_index("run")
+    renamed = table.set_column(place, table.schema.field("run"), column)
+    return renamed.replace_schema_metadata(tables.encode_metadata(metadata))
 
 
 def _without_repeats(table: pa.Table) -> pa.Table:

@@ -59,6 +59,9 @@ if TYPE_CHECKING:
 
 Integers = NDArray[np.int64]
 
+# Beyond it a rate is infinite to weights in float32.
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -69,7 +72,8 @@ class Schedule:
     has none. `window` int64, the rows that `lr` rests on. `status` is "fit"; "zero" where the
     optimum of the window is not above 0; "gap" where the window has no optimum; "held" in the end
     effect and after w*. `source` is one of `SOURCES`, `smooth` the rows of a full window, and
-    `factor` what the optimum was multiplied with.
+    `factor` what the optimum was multiplied with. `UsageError` where a rate is below 0, or none
+    that weights in float32 could be moved with.
     """
 
     run: str
@@ -83,6 +87,17 @@ class Schedule:
     window: Integers
     status: NDArray[np.object_]
     run_lr: Values
+
+    def __post_init__(self) -> None:
+        """Refuse rates that no training could follow."""
+        unusable = np.flatnonzero(~((self.lr >= 0) & (self.lr <= _LARGEST)))
+        if len(unusable):
+            step, rate = int(self.steps[unusable[0]]), float(self.lr[unusable[0]])
+            raise UsageError(
+                f"the rate at step {step} would be {rate:g}, which no training can follow",
+                where=self.run,
+                fix="use a smaller --factor" if self.factor > 1 else "choose another --reference",
+            )
 
     def describe(self) -> str:
         """Say in a few lines what the rates are and what became of the rows."""
@@ -210,6 +225,8 @@ def fit_schedule(
         )
     status = np.select([~before, ~known, fitted <= 0], ["held", "gap", "zero"], "fit")
     fitted = np.interp(steps, steps[known], np.maximum(fitted[known], 0))
+    with np.errstate(over="ignore"):  # refused below
+        scaled = factor * fitted
     return Schedule(
         run=table["run"][0].as_py(),
         reference=reference,
@@ -217,7 +234,7 @@ def fit_schedule(
         smooth=smooth,
         factor=factor,
         steps=steps + first_step(run),
-        lr=factor * fitted,
+        lr=scaled,
         raw=raw,
         window=np.where(before, window, 0),
         status=status.astype(object),

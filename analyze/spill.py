@@ -67,10 +67,15 @@ class SpilledChunks:
     def _write(self, chunk: int) -> None:
         values = np.ascontiguousarray(self._make(chunk), self._dtype)
         view, place = values.view(np.uint8).data, chunk * self._stride
-        with writing(tempfile.gettempdir()):
-            while view:
-                written = os.pwrite(self._file, view, place)
-                view, place = view[written:], place + written
+        try:
+            with writing(tempfile.gettempdir()):
+                while view:
+                    written = os.pwrite(self._file, view, place)
+                    view, place = view[written:], place + written
+        except WriteError as error:
+            # Others may have filled the disk by now.
+            fix = f"free space there, or {_ELSEWHERE}"
+            raise WriteError(error.what, where=error.where, fix=fix) from error
 
 
 def _nameless(nbytes: int) -> int:

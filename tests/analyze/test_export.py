@@ -2,9 +2,11 @@
 
 import csv
 import io
+import json
 import re
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,23 @@ def test_zarr_holds_the_arrays_of_every_stream(table: pa.Table, tmp_path: Path) 
         xr.testing.assert_identical(data.load(), expected(table, "fixed"))
     with xr.open_datatree(tmp_path / "out.zarr", engine="zarr", consolidated=False) as tree:
         assert same(ordered(to_table(tree)), ordered(table))
+
+
+def test_zarr_opens_without_a_word(table: pa.Table, tmp_path: Path) -> None:
+    """Warnings are errors here; so they are where a user's tests say so."""
+    out = export_table(table, tmp_path / "out.zarr")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with xr.open_zarr(out) as data:
+            assert read_metadata(table) == json.loads(data.attrs[FACTS])
+        for stream in ("fixed", "minibatch", "updates"):
+            with xr.open_zarr(out, group=stream) as data:
+                xr.testing.assert_identical(data.load(), expected(table, stream))
+        with xr.open_datatree(out, engine="zarr") as tree:
+            assert same(ordered(to_table(tree)), ordered(table))
+        root: Any = zarr.open_group(out, mode="r")
+        assert set(root.group_keys()) == {"fixed", "minibatch", "updates"}
+        assert np.isfinite(root["minibatch/cosine"][()]).any()
 
 
 @pytest.mark.parametrize("suffix", [".nc", ".zarr"])
