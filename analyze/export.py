@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
-from zarr.storage import MemoryStore
 
 from analyze.cache import Where
 from analyze.dataset import FACTS, to_tree
@@ -158,6 +157,8 @@ def _zarr_files(table: pa.Table) -> dict[str, bytes]:
     There `xarray.open_zarr` looks first; Zarr warns that other readers may not know it, which find
     the usual metadata beside it. In memory, since Zarr writes with threads that go on after Ctrl-C.
     """
+    from zarr.storage import MemoryStore
+
     files: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Consolidated metadata is currently not part")

@@ -38,8 +38,9 @@ from analyze.commands.options import (
     "--parts",
     metavar="NAMES",
     default="early,middle,late",
-    help="Parts of the way to w*, of early, middle, late, all (the three as one) and after (what "
-    "follows w_N). Default: early,middle,late.",
+    help="Parts of the way to w*: early, middle and late are its thirds without the last tenth, "
+    "where γ tends to γ⁰ anyway; all is the three as one, and after is what follows w_N in a table "
+    "against step:N. Default: early,middle,late.",
 )
 @click.option(
     "--level",
