@@ -16,8 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.pair_kernels import add_distances, add_pairs
-from analyze.tiles import Integers, Tiles, Values
+from analyze.pair_kernels import add_batches, add_chain, add_distances, add_pairs, find_finite
+from analyze.row_bytes import Integers, RowBytes
+from analyze.row_products import LANES, PANEL
+
+Values = NDArray[np.float64]
 
 # What is kept of a pair i < j, by batch. Points have no gradients, only the first.
 SUMS = {
@@ -27,6 +30,10 @@ SUMS = {
     "dg": "⟨g_j, w_j - w_i⟩",
     "hh": "‖g_i - g_j‖²",
 }
+
+# Coordinates that are multiplied at a time: of a hundred rows they fit into the processor's second
+# cache. Part of the result, since sums are added tile after tile: never derive it from the machine.
+TILE = 1024
 
 # A sum of squares below this share of what it was put together from may be wrong in the tenth
 # digit: 1e-16, times some for rounding along the way, over 1e-6.
@@ -38,7 +45,7 @@ _OF_WEIGHTS = (0, 2, 3)
 
 @dataclass(frozen=True)
 class Segment:
-    """Coordinates `start` to `stop` of an inner chunk, all of one group; tiles use that chunk."""
+    """Coordinates `start` to `stop` of an inner chunk, all of one group and in one window."""
 
     chunk: int
     start: int
@@ -46,84 +53,102 @@ class Segment:
     group: int
 
 
-def direct_sums(tiles: Tiles, segment: Segment, pairs: Integers) -> Values:
+class Piece:
+    """A segment of all rows, at hand: addresses of weights ``[n]`` and of gradients ``[B, n]``."""
+
+    def __init__(self, rows: RowBytes, segment: Segment) -> None:
+        self.weights, self.gradients = rows.at(segment.chunk, segment.start, segment.stop)
+        self.like, self.count = rows.like, segment.stop - segment.start
+
+
+def direct_sums(piece: Piece, pairs: Integers) -> Values:
     """Measure each pair on its own: ``[N, B, 5]`` as in `SUMS`, ``[N, 1, 1]`` of points."""
-    shape = (len(pairs), tiles.batches, len(SUMS)) if tiles.batches else (len(pairs), 1, 1)
-    sums = np.zeros(shape)
-    for w, g in tiles.rows(segment.start, segment.stop):
-        if tiles.batches:
-            add_pairs(w, g, pairs, sums)
-        else:
-            add_distances(w, pairs, sums)
+    rows, places = np.unique(pairs, return_inverse=True)
+    places, like, count = places.reshape(pairs.shape), piece.like, piece.count
+    weights, gradients = piece.weights[rows], piece.gradients[:, rows]
+    room = _room(1 + len(gradients), len(rows))
+    if len(gradients):
+        sums = np.zeros((len(pairs), len(gradients), len(SUMS)))
+        add_pairs(weights, gradients, like, count, room, places, sums)
+    else:
+        sums = np.zeros((len(pairs), 1, 1))
+        add_distances(weights, like, count, room, places, sums)
     return sums
 
 
-def chain_sums(tiles: Tiles, segment: Segment, pairs: Integers) -> Values:
+def chain_sums(piece: Piece, pairs: Integers) -> Values:
     """Measure pairs as `direct_sums` does, from products of all rows with all."""
-    everything = np.arange(tiles.num_rows)
-    found = _products(tiles, segment, everything)
-    bad = np.zeros(tiles.num_rows, bool)
+    everything = np.arange(len(piece.weights))
+    found = _products(piece, everything)
+    bad = np.zeros(len(everything), bool)
     if not np.isfinite(found.steps).all():
         # One row that is not finite would spoil every pair that the chain leads past.
-        bad = ~_sound(tiles, segment)
-        found = _products(tiles, segment, _nearest(bad))
+        find_finite(piece.weights, piece.like, piece.count, bad)
+        bad = ~bad
+        found = _products(piece, _nearest(bad))
     sums, doubtful = _put_together(found, pairs)
     spoiled = bad[pairs[:, 0]] | bad[pairs[:, 1]]
     doubtful &= ~spoiled
     if doubtful.any():
-        sums[doubtful] = direct_sums(tiles, segment, pairs[doubtful])
+        sums[doubtful] = direct_sums(piece, pairs[doubtful])
     # Of a pair with a bad end only what needs no weights is a number.
     for column in _OF_WEIGHTS[: sums.shape[-1]]:
         sums[spoiled, :, column] = np.nan
     return sums
 
 
-def batch_sums(tiles: Tiles, segment: Segment, own: slice) -> Values:
+def batch_sums(piece: Piece, own: slice) -> Values:
     """Multiply the batches of each row in `own` with each other: ``[n, B, B]``."""
-    sums = np.zeros((own.stop - own.start, tiles.batches, tiles.batches))
-    for _, g in tiles.rows(segment.start, segment.stop):
-        by_row = g[:, own].swapaxes(0, 1)
-        with np.errstate(invalid="ignore", over="ignore"):
-            sums += by_row @ by_row.swapaxes(1, 2)
-    return sums
+    gradients = np.ascontiguousarray(piece.gradients[:, own])
+    batches, rows = gradients.shape
+    filled = _filled(batches)
+    found = np.zeros((rows, filled, filled))
+    add_batches(gradients, piece.like, piece.count, _room(1, filled)[0], found)
+    upper = np.triu(found[:, :batches, :batches])
+    return upper + np.triu(upper, 1).swapaxes(1, 2)
 
 
 @dataclass(frozen=True)
 class _Products:
-    """⟨d_k, d_l⟩ ``[n-1, n-1]``, ⟨g_i, d_k⟩ ``[B, n, n-1]`` and ⟨g_i, g_j⟩ ``[B, n, n]``."""
+    """⟨d_k, d_l⟩ ``[n-1, n-1]``, ⟨g_i, d_k⟩ ``[B, n, n-1]`` and ⟨g_i, g_j⟩ ``[B, n, n]``.
+
+    Of what is symmetric the upper triangle alone.
+    """
 
     steps: Values
     along: Values
     gradients: Values
 
 
-def _products(tiles: Tiles, segment: Segment, source: Integers) -> _Products:
+def _products(piece: Piece, source: Integers) -> _Products:
     """Multiply all rows with all; the weights of row i are those of row ``source[i]``."""
-    n, batches = tiles.num_rows, tiles.batches
-    steps, along = np.zeros((n - 1, n - 1)), np.zeros((batches, n, n - 1))
-    gradients = np.zeros((batches, n, n))
-    with np.errstate(invalid="ignore", over="ignore"):
-        for d, g, joint in tiles.steps(segment.start, segment.stop, source):
-            if batches == 1:
-                # The same products as below, a fifth faster in one than in three.
-                product = joint @ joint.T
-                steps += product[: n - 1, : n - 1]
-                along[0] += product[n - 1 :, : n - 1]
-                gradients[0] += product[n - 1 :, n - 1 :]
-                continue
-            steps += d @ d.T
-            for batch in range(batches):
-                along[batch] += g[batch] @ d.T
-                gradients[batch] += g[batch] @ g[batch].T
-    return _Products(steps, along, gradients)
+    n, batches = len(piece.weights), len(piece.gradients)
+    filled = _filled(n)
+    steps = np.zeros((filled, filled))
+    along, gradients = np.zeros((2, batches, filled, filled))
+    add_chain(
+        piece.weights[source],
+        piece.gradients,
+        piece.like,
+        piece.count,
+        _room(2, filled),
+        steps,
+        along,
+        gradients,
+    )
+    return _Products(
+        np.triu(steps[: n - 1, : n - 1]),
+        along[:, : n - 1, :n].swapaxes(1, 2),
+        np.triu(gradients[:, :n, :n]),
+    )
 
 
-def _sound(tiles: Tiles, segment: Segment) -> NDArray[np.bool_]:
-    """Which rows of weights are finite on a segment, ``[n]``."""
-    sound = np.ones(tiles.num_rows, bool)
-    for w, _ in tiles.rows(segment.start, segment.stop):
-        sound &= np.isfinite(w).all(axis=1)
-    return sound
+def _room(matrices: int, rows: int) -> Values:
+    return np.zeros((matrices, rows, TILE + LANES))
+
+
+def _filled(rows: int) -> int:
+    return -(-rows // PANEL) * PANEL
 
 
 def _nearest(bad: NDArray[np.bool_]) -> Integers:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -22,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analyze import schedulers
-from analyze.blas import single_threaded
-from analyze.chain import SUMS, Segment, batch_sums, chain_sums, direct_sums
+from analyze.blocks import most_open
+from analyze.chain import SUMS, Piece, Segment, Values, batch_sums, chain_sums, direct_sums
 from analyze.pair_blocks import PairBlock, choose_pairs, cut_pairs, cut_stretches
+from analyze.row_bytes import Integers, RowBytes
 from analyze.schedulers import Cluster
 from analyze.sums import sum_groups
-from analyze.tiles import Integers, Tiles, Values
 from capture.store import Run, open_run
 from capture.store.layout import ITERATES
 from capture.store.place import absolute_address
@@ -69,11 +69,11 @@ def compute_gram(
     `InputError` of the run is raised as it is, and gives no numbers.
     """
     threads = schedulers.check(scheduler, workers)
+    together = schedulers.tasks_at_once(scheduler, threads)
     try:
-        session, pairs, blocks = plan_gram(run, stream, groups, lags)
+        session, pairs, blocks = plan_gram(run, stream, groups, lags, together)
         tasks = [partial(_measure, session.plan, block) for block in blocks]
-        with single_threaded():
-            results = schedulers.run(tasks, scheduler, threads, progress)
+        results = schedulers.run(tasks, scheduler, threads, progress)
         return _assemble(session, pairs, blocks, results)
     finally:
         _open.cache_clear()
@@ -83,11 +83,13 @@ def plan_gram(
     run: str | os.PathLike[str],
     stream: str,
     groups: NDArray[np.int64],
-    lags: Sequence[int] | None = None,
+    lags: Sequence[int] | None,
+    threads: int,
 ) -> tuple[_Session, Integers, list[PairBlock]]:
     """Open a run as `compute_gram` does, choose its pairs ``[N, 2]``, cut the work into blocks."""
     dense, numbers = lags is None, tuple(map(int, groups))
-    session = _open(_Plan(uuid.uuid4().hex, absolute_address(run), stream, numbers, dense))
+    plan = _Plan(uuid.uuid4().hex, absolute_address(run), stream, numbers, dense, threads)
+    session = _open(plan)
     rows = session.stream
     pairs = choose_pairs(rows.steps, lags)
     stretches = cut_stretches(session.groups_of_chunk(), _bytes_per_group(session, pairs))
@@ -107,13 +109,18 @@ def regroup(gram: Gram, group_of_group: NDArray[np.int64]) -> Gram:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a worker has to know; `token` keeps one call's open files from serving the next."""
+    """What a worker has to know.
+
+    `token` keeps one call's open files from serving the next; `threads` is the most tasks that one
+    process works on at a time.
+    """
 
     token: str
     path: str
     stream: str
     groups: tuple[int, ...]
     dense: bool
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -135,8 +142,8 @@ class _Session:
         self.points = plan.stream in ITERATES
         self.columns = ("dd",) if self.points else tuple(SUMS)
 
-    def segments(self, chunk: int) -> list[Segment]:
-        """Cut an inner chunk where one group of tensors follows another."""
+    def segments(self, chunk: int, window: int) -> list[Segment]:
+        """Cut an inner chunk where a group of tensors follows another, or a window a window."""
         start, stop = self.stream.grid.bounds(chunk)
         offsets, found = self.run.table.offsets, list[Segment]()
         first = int(np.searchsorted(offsets, start, "right")) - 1
@@ -148,12 +155,18 @@ class _Session:
                 low = found.pop().start
             if low < high:
                 found.append(Segment(chunk, low, high, group))
-        return found
+        return [part for segment in found for part in _cut(segment, window)]
 
     def groups_of_chunk(self) -> list[set[int]]:
         """The groups that each inner chunk touches."""
-        chunks = range(self.stream.grid.num_chunks)
-        return [{segment.group for segment in self.segments(chunk)} for chunk in chunks]
+        chunks, whole = range(self.stream.grid.num_chunks), self.stream.grid.chunk_elements
+        return [{segment.group for segment in self.segments(chunk, whole)} for chunk in chunks]
+
+
+def _cut(segment: Segment, window: int) -> Iterator[Segment]:
+    borders = range(segment.start // window * window + window, segment.stop, window)
+    for start, stop in pairwise((segment.start, *borders, segment.stop)):
+        yield replace(segment, start=start, stop=stop)
 
 
 # At most two stay open on a worker that waits for the next call.
@@ -165,27 +178,21 @@ def _open(plan: _Plan) -> _Session:
 def _measure(plan: _Plan, block: PairBlock) -> _Partial:
     """Measure one block; runs on a worker."""
     session = _open(plan)
-    segments = [segment for chunk in block.chunks for segment in session.segments(chunk)]
-    groups = sorted({segment.group for segment in segments})
-    batches = session.stream.batches or 1
-    pairs = np.zeros((len(groups), len(block.pairs), batches, len(session.columns)))
-    crossed = np.zeros((len(groups), len(block.own), batches, batches))
-    measure = chain_sums if plan.dense else direct_sums
-    used = -1
-    with single_threaded(), Tiles(session.run, session.stream, block.rows) as tiles:
-        tiles.fetch_ahead(block.chunks)
+    stream, allowed = session.stream, most_open(plan.threads)
+    with RowBytes(session.run, stream, block.rows, block.chunks, allowed) as rows:
+        segments = [s for chunk in block.chunks for s in session.segments(chunk, rows.window)]
+        groups = sorted({segment.group for segment in segments})
+        batches = stream.batches or 1
+        pairs = np.zeros((len(groups), len(block.pairs), batches, len(session.columns)))
+        crossed = np.zeros((len(groups), len(block.own), batches, batches))
+        measure = chain_sums if plan.dense else direct_sums
         for segment in segments:
-            if segment.chunk != used:
-                tiles.use(segment.chunk)
-                used = segment.chunk
-                if used == 0:  # once per row: what is in the files beside the chunks
-                    tiles.verify_rest()
-            place = groups.index(segment.group)
+            piece, place = Piece(rows, segment), groups.index(segment.group)
             if len(block.pairs):
-                pairs[place] += measure(tiles, segment, block.pairs)
+                pairs[place] += measure(piece, block.pairs)
             if len(block.own):
                 own = slice(int(block.own[0]), int(block.own[-1]) + 1)
-                crossed[place] += batch_sums(tiles, segment, own)
+                crossed[place] += batch_sums(piece, own)
     return _Partial(groups, pairs, crossed)
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from analyze import schedulers
-from analyze.blas import single_threaded
-from analyze.chain import SUMS, Segment, chain_sums, direct_sums
+from analyze.blocks import most_open
+from analyze.chain import SUMS, TILE, Piece, Segment, chain_sums, direct_sums
 from analyze.gram import plan_gram
 from analyze.pair_blocks import PairBlock
 from analyze.projection import LOG_FACTOR, PROCESS_BYTES, Projection
+from analyze.row_bytes import RowBytes
 from analyze.schedulers import Cluster
 from analyze.session import weights_row
-from analyze.tiles import Tiles, tile_length
 from capture.store import Run, Stream
 from capture.store.layout import ITERATES, WEIGHTS
 
@@ -43,27 +44,31 @@ def project_gram(
     Reads the logs and, for the rate, the first inner chunk of the rows of one block.
     """
     threads = schedulers.check(scheduler, workers)
-    session, pairs, blocks = plan_gram(run, stream, groups, lags)
+    session, pairs, blocks = plan_gram(run, stream, groups, lags, threads)
     rows, of_chunk, dense = session.stream, session.groups_of_chunk(), lags is None
-    held = sum(
+    waiting = sum(
         _sums_bytes(rows, len(_groups_in(of_chunk, block)), len(block.pairs), len(block.own))
         for block in blocks
     )
     returned = _sums_bytes(rows, int(groups.max(initial=-1)) + 1, len(pairs), len(rows))
-    task = max((_task_bytes(rows, of_chunk, block, dense=dense) for block in blocks), default=0)
+    tasks = [_task_bytes(rows, of_chunk, block, dense=dense) for block in blocks]
     logs = rows.commits.nbytes + session.run.stream(WEIGHTS).commits.nbytes
-    sample, rate = _measure_rate(session.run, rows, blocks, dense=dense)
+    largest = max(blocks, key=lambda block: len(block.pairs), default=None)
+    sampled = _Sample(0, 0.0, 0)
+    if largest is not None:
+        sampled = _measure_rate(session.run, rows, largest, most_open(threads), dense=dense)
     total = sum(_bytes_of(session.run, rows, block) for block in blocks)
+    task = max(tasks, default=0) + sampled.held
     return Projection(
         rows=len(rows),
         shards=len(rows.commits),
         threads=threads,
         bytes_to_read=total,
-        memory=PROCESS_BYTES + LOG_FACTOR * logs + held + 2 * returned + threads * task,
+        memory=PROCESS_BYTES + LOG_FACTOR * logs + waiting + 2 * returned + threads * task,
         spilled=0,
-        sample=sample,
-        rate=rate,
-        seconds=total / rate / threads if rate else 0.0,
+        sample=sampled.size,
+        rate=sampled.rate,
+        seconds=total / sampled.rate / threads if sampled.rate else 0.0,
     )
 
 
@@ -93,34 +98,40 @@ def _sums_bytes(stream: Stream, groups: int, pairs: int, own: int) -> int:
 def _task_bytes(
     stream: Stream, of_chunk: Sequence[set[int]], block: PairBlock, *, dense: bool
 ) -> int:
-    """What one task holds above mapped pages: tiles, products of rows, and its sums."""
+    """What one task holds beside its rows: tiles of them, their products, its sums."""
     count, batches = len(block.rows), 0 if stream.name in ITERATES else stream.batches or 1
-    tiles = 8 * count * (1 + batches) * tile_length(count * (1 + batches))
+    tiles = 8 * count * (1 + batches) * TILE
     products = 8 * _PER_ROWS * (1 + batches) * count**2 if dense else 0
     sums = _sums_bytes(stream, 1, len(block.pairs), len(block.own))
     groups = len(_groups_in(of_chunk, block))
     return 2 * tiles + products + (groups + _PER_PAIRS) * sums
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """Bytes that were read, at how many a second, and how many a task holds in memory of such."""
+
+    size: int
+    rate: float
+    held: int
+
+
 def _measure_rate(
-    run: Run, stream: Stream, blocks: Sequence[PairBlock], *, dense: bool
-) -> tuple[int, float]:
-    """Multiply a few coordinates of the first block; return its bytes, and bytes per second."""
-    block = max(blocks, key=lambda block: len(block.pairs), default=None)
-    if block is None:
-        return 0, 0.0
+    run: Run, stream: Stream, block: PairBlock, allowed: int, *, dense: bool
+) -> _Sample:
+    """Take up the first coordinates of one block, and multiply a few of them."""
     measure, size = chain_sums if dense else direct_sums, stream.grid.bounds(0)[1]
-    with single_threaded(), Tiles(run, stream, block.rows) as tiles:
+    with RowBytes(run, stream, block.rows, range(1), allowed) as rows:
+        shards = len(block.rows) * (1 + rows.batches)
+        covered = min(size, rows.at_once)
+        part = max(1, min(covered, rows.window, _SAMPLE_BYTES // (8 * shards)))
         start = time.perf_counter()
-        tiles.fetch_ahead(range(1))
-        tiles.use(0)
-        taken = time.perf_counter() - start
-        shards = len(block.rows) * (1 + tiles.batches)
-        part = max(1, min(size, _SAMPLE_BYTES // (8 * shards)))
+        piece = Piece(rows, Segment(0, 0, part, 0))
+        taken = (time.perf_counter() - start) / covered
         # Compiled or loaded before the clock starts.
-        measure(tiles, Segment(0, 0, 1, 0), block.pairs[:1])
+        measure(Piece(rows, Segment(0, 0, 1, 0)), block.pairs[:1])
         start = time.perf_counter()
-        measure(tiles, Segment(0, 0, part, 0), block.pairs)
-        taken += (time.perf_counter() - start) * size / part
-    sample = shards * stream.grid.chunk_bytes
-    return sample, sample / taken
+        measure(piece, block.pairs)
+        taken += (time.perf_counter() - start) / part
+        nbytes = shards * stream.grid.chunk_bytes
+        return _Sample(round(nbytes * covered / size), nbytes / (taken * size), rows.held)

@@ -25,7 +25,7 @@ from analyze.sums import (
     update_sums,
 )
 from capture.store.errors import UsageError
-from capture.store.layout import ITERATES
+from capture.store.layout import ITERATES, UPDATES
 from capture.store.reader import Run
 
 Integers = NDArray[np.int64]
@@ -114,6 +114,18 @@ class Measure:
         inside = steps < len(values)
         return np.where(inside, np.append(values, np.nan)[np.where(inside, steps, -1)], np.nan)
 
+    def gradient_scale(self, stream: str, steps: Integers) -> Values:
+        """What takes the stored gradients of a stream to g, float64 ``[N]``; 1 where it has none.
+
+        Minibatch gradients may have been clipped, and a loss maximised.
+        """
+        if stream in (*ITERATES, UPDATES):
+            return np.ones(len(steps))
+        scale = np.full(len(steps), self._sign)
+        if stream == "minibatch":
+            scale *= unclipping(self.scalar("clip_factor", steps))
+        return scale
+
     def _count_undefined(self, found: Mapping[str, Values]) -> None:
         self.undefined.update({n: int(np.isnan(values).sum()) for n, values in found.items()})
 
@@ -128,7 +140,7 @@ class Measure:
         entry, place = metric.entries[reference], np.searchsorted(metric.steps, steps[rows])
         batches = self.run.stream(stream).batches or 1
         grad = entry.grad.reshape(len(metric.steps), batches, -1)[place, rows % batches]
-        scale = self._scale(stream, steps[rows])[:, None]
+        scale = self.gradient_scale(stream, steps[rows])[:, None]
         count = int(groups.max()) + 1
         found = evaluate(
             adam_sums(
@@ -151,15 +163,8 @@ class Measure:
             return position_sums(moments)
         if stream == "updates":
             return update_sums(moments)
-        scale = self._scale(stream, steps)
+        scale = self.gradient_scale(stream, steps)
         return gradient_sums(moments, self._decay_at(steps), scale[:, None])
-
-    def _scale(self, stream: str, steps: Integers) -> Values:
-        """What takes the stored gradients of a stream to g, ``[N]``."""
-        scale = np.full(len(steps), self._sign)
-        if stream == "minibatch":
-            scale *= unclipping(self.scalar("clip_factor", steps))
-        return scale
 
     def _null_sums(self, reference: str, steps: Integers) -> dict[str, Values]:
         """The null in units of the unclipped gradient, by tensor ``[N, P]``; empty without one."""

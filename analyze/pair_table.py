@@ -24,18 +24,17 @@ from analyze.measure import Measure
 from analyze.metadata import printable
 from analyze.moment_table import Moments
 from analyze.noise import NOISE_QUANTITIES, batch_noise
-from analyze.optimizer import read_optimizer
 from analyze.pair_null import pair_null
 from analyze.pairs import PAIR_QUANTITIES, PairMeasure
 from analyze.quantities import Quantity, Values
-from analyze.sums import unclipping
 from analyze.tables import concatenate, encode_metadata, facts_of, texts
-from capture.store.layout import ITERATES, UPDATES
 from capture.store.reader import Run
 
 Integers = NDArray[np.int64]
 
 PAIR_TABLE_VERSION = 1
+# What the metadata of a table call its kind.
+PAIRS, NOISE = "pairs", "noise"
 SIGN = "γ > 0: a step along -g starts out towards the other step's weights."
 
 _KEYS: tuple[tuple[str, Any, str, str], ...] = (
@@ -94,7 +93,8 @@ def build_pairs(
     sizes = np.bincount(groups, np.diff(run.table.offsets), len(labels)).astype(np.int64)
     of_all = {"run": name, "labels": labels, "sizes": sizes}
     references = [printable(text) for text in moments.references]
-    scales = {stream: gradient_scale(run, gram) for stream, gram in grams.items()}
+    own = Measure(run)
+    scales = {name: own.gradient_scale(name, gram.steps) for name, gram in grams.items()}
     undefined: Counter[str] = Counter()
     pairs, noise, nulls = [], [], {}
     for stream, gram in grams.items():
@@ -111,10 +111,10 @@ def build_pairs(
             noise.append(pa.table(_noise_columns(gram, found, of_all), schema=noise_schema()))
     facts: dict[str, Any] = {"table": PAIR_TABLE_VERSION, "by": name_of(by), "sign": SIGN}
     facts["pairs"] = {stream: len(gram.pairs) for stream, gram in grams.items()}
-    counted = {**facts, "null": nulls, "nan": dict(undefined)}
+    of_pairs = {"kind": PAIRS, **facts, "null": nulls, "nan": dict(undefined)}
     return PairTables(
-        with_facts([pair_schema().empty_table(), *pairs], run, name, counted),
-        with_facts([noise_schema().empty_table(), *noise], run, name, facts),
+        with_facts([pair_schema().empty_table(), *pairs], run, name, of_pairs),
+        with_facts([noise_schema().empty_table(), *noise], run, name, {"kind": NOISE, **facts}),
     )
 
 
@@ -124,19 +124,6 @@ def concatenate_pairs(tables: Sequence[PairTables]) -> PairTables:
         concatenate([table.pairs for table in tables]),
         concatenate([table.noise for table in tables]),
     )
-
-
-def gradient_scale(run: Run, gram: Gram) -> Values:
-    """What takes the stored rows of a stream to gradients that the optimizer minimises, ``[T]``.
-
-    As in `analyze.measure`: minibatch gradients may have been clipped, and a loss maximised.
-    """
-    scale = np.ones(len(gram.steps))
-    if gram.stream in (*ITERATES, UPDATES):
-        return scale
-    if gram.stream == "minibatch":
-        scale = unclipping(Measure(run).scalar("clip_factor", gram.steps))
-    return -scale if read_optimizer(run).maximize else scale
 
 
 def _pair_columns(

@@ -10,6 +10,8 @@ of a pair, j the later one, and both are of the same stream and batch:
 
 A ratio whose denominator is 0 is NaN, never 0. Sources: `dist` and `sim` are dist_k and sim_k of
 Guille-Escuret, Naganuma, Fatras and Mitliagkas, "No Wrong Turns", ICML 2024; γ(t, s) is our own.
+The angle from three lengths: W. Kahan, "Miscalculating Area and Angles of a Needle-like Triangle",
+2014.
 
 Axes: T rows, N pairs, B batches, P tensors, K groups, R references.
 """
@@ -43,6 +45,7 @@ SUMS = {
     **{f"gg_{row}": f"‖g_{row}‖²" for row in "ij"},
     **{f"ge_{row}": f"⟨g_{row}, e_{row}⟩" for row in "ij"},
     **{f"ee_{row}": f"‖e_{row}‖²" for row in "ij"},
+    **{f"ww_{row}": f"‖w_{row}‖²" for row in "ij"},
     "null_ge": "⟨g_i, w_i - w_j⟩ if all gradients were orthogonal",
     "null_gg": "‖g_i‖², from the every-step scalars",
     "null_ee": "‖w_i - w_j‖² if all gradients were orthogonal",
@@ -57,6 +60,25 @@ _SLAB = 2**18
 def _dot_of_dists(s: Sums) -> Values:
     """⟨e_i, e_j⟩; its error is one of float64 relative to the larger of ‖e_i‖² and ‖e_j‖²."""
     return (s["ee_i"] + s["ee_j"] - s["dd"]) / 2
+
+
+def _dot_of_weights(s: Sums) -> Values:
+    """⟨w_i, w_j⟩; its error is one of float64 relative to the larger of ‖w_i‖² and ‖w_j‖²."""
+    return (s["ww_i"] + s["ww_j"] - s["dd"]) / 2
+
+
+def _angle_of_weights(s: Sums) -> Values:
+    """The angle at 0 of the triangle 0, w_i, w_j from its sides, in degrees, by Kahan's formula.
+
+    Of iterates that are close the cosine has no digits left but those of 1; their distance has.
+    """
+    one, other, across = (norm(s[name]) for name in ("ww_i", "ww_j", "dd"))
+    long, short = np.maximum(one, other), np.minimum(one, other)
+    least = np.where(across > short, short - (long - across), across - (long - short))
+    opposite = ((long - short) + across) * np.maximum(least, 0.0)
+    around = (long + (short + across)) * np.maximum((long - across) + short, 0.0)
+    angle = np.degrees(2 * np.arctan2(np.sqrt(opposite), np.sqrt(around)))
+    return np.where(short == 0, np.nan, angle)
 
 
 def _sim(s: Sums) -> Values:
@@ -84,6 +106,27 @@ PAIR_QUANTITIES: tuple[Quantity, ...] = (
         "1",
         ("ee_i", "ee_j", "dd"),
         lambda s: ratio(_dot_of_dists(s), norm(s["ee_i"]), norm(s["ee_j"])),
+    ),
+    Quantity(
+        "dot_weights",
+        "⟨w_i, w_j⟩ = (‖w_i‖² + ‖w_j‖² - ‖w_i - w_j‖²) / 2",
+        "weight²",
+        ("ww_i", "ww_j", "dd"),
+        _dot_of_weights,
+    ),
+    Quantity(
+        "cosine_weights",
+        "⟨w_i, w_j⟩ / (‖w_i‖ ‖w_j‖)",
+        "1",
+        ("ww_i", "ww_j", "dd"),
+        lambda s: ratio(_dot_of_weights(s), norm(s["ww_i"]), norm(s["ww_j"])),
+    ),
+    Quantity(
+        "angle_weights_deg",
+        "arccos(⟨w_i, w_j⟩ / (‖w_i‖ ‖w_j‖)), from ‖w_i‖, ‖w_j‖ and ‖w_i - w_j‖ after Kahan",
+        "degrees",
+        ("ww_i", "ww_j", "dd"),
+        _angle_of_weights,
     ),
     Quantity(
         "dot_grad",
@@ -139,6 +182,7 @@ PAIR_QUANTITIES: tuple[Quantity, ...] = (
         ("hh", "dd"),
         lambda s: ratio(norm(s["hh"]), norm(s["dd"])),
     ),
+    Quantity("dot_step", "⟨u_i, u_j⟩", "weight²", ("uu",), lambda s: s["uu"]),
     Quantity(
         "cosine_step",
         "⟨u_i, u_j⟩ / (‖u_i‖ ‖u_j‖)",
@@ -192,13 +236,17 @@ class PairMeasure:
         name, (first, second) = self._gram.stream, self._gram.pairs[part].T
         pairs = {key: values[part, ..., None] for key, values in self._gram.sums.items()}
         ends = {"i": first, "j": second}
-        dists = {f"ee_{end}": self._rows["ee"][rows] for end, rows in ends.items()}
+        points = {
+            f"{key}_{end}": self._rows[key][rows]
+            for key in ("ee", "ww")
+            for end, rows in ends.items()
+        }
         if name in ITERATES:
-            return {"dd": pairs["dd"], **dists}
+            return {"dd": pairs["dd"], **points}
         squares = {end: self._rows["gg"][rows] for end, rows in ends.items()}
         if name == UPDATES:
             products = {"uu": pairs["gg"], **{f"uu_{end}": v for end, v in squares.items()}}
-            return {"dd": pairs["dd"], **dists, **products}
+            return {"dd": pairs["dd"], **points, **products}
         with np.errstate(all="ignore"):
             scale_i, scale_j = self._scale[first], self._scale[second]
             sums = {
@@ -206,7 +254,7 @@ class PairMeasure:
                 "gg": pairs["gg"] * scale_i * scale_j,
                 "gd": pairs["gd"] * scale_i,
                 "dg": pairs["dg"] * scale_j,
-                **dists,
+                **points,
             }
             for end, scale in (("i", scale_i), ("j", scale_j)):
                 sums[f"gg_{end}"] = squares[end] * scale**2

@@ -22,6 +22,8 @@ from analyze.tables import texts
 from capture.store.reader import Run, open_run
 
 PATH_TABLE_VERSION = 1
+# What the metadata of the table call its kind.
+PCA = "pca"
 
 _COLUMNS: tuple[tuple[str, Any, str, str], ...] = (
     ("run", pa.string(), "", "the run, as typed"),
@@ -105,4 +107,5 @@ def build_path(
         for key in ("walked", "updated", "displaced"):
             columns[key] = pa.array(getattr(shape, key)[row])
         tables.append(pa.table(columns, schema=path_schema()))
-    return with_facts(tables, run, name, {"table": PATH_TABLE_VERSION, "by": name_of(by)})
+    facts = {"kind": PCA, "table": PATH_TABLE_VERSION, "by": name_of(by)}
+    return with_facts(tables, run, name, facts)

@@ -52,6 +52,10 @@ class Shard(ABC):
         """Give one inner chunk: value dtype ``[C]``, the last one clipped to D."""
 
     @abstractmethod
+    def read_part(self, chunk: int, start: int, stop: int) -> memoryview:
+        """Copy bytes `start` to `stop` of an inner chunk. Not verified: see `confirm`."""
+
+    @abstractmethod
     def verify_chunk(self, chunk: int) -> None:
         """Compare one inner chunk with its committed checksum."""
 
@@ -123,6 +127,11 @@ class MappedShard(Shard):
         """View one inner chunk without copying: value dtype ``[C]``, the last one clipped to D."""
         start, stop = self.stream.grid.bounds(chunk)
         return np.frombuffer(self._map, self.stream.dtype, stop - start, self._bounds(chunk)[0])
+
+    def read_part(self, chunk: int, start: int, stop: int) -> memoryview:
+        """Copy bytes `start` to `stop` of an inner chunk. Not verified: see `confirm`."""
+        base = self._bounds(chunk)[0]
+        return memoryview(self._map[base + start : base + stop])
 
     def verify_chunk(self, chunk: int) -> None:
         """Compare one inner chunk with its committed checksum."""

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from analyze import blas, chain, pair_blocks, tiles
+from analyze import blas, chain, pair_blocks, row_bytes
 from analyze.gram import Gram, compute_gram, regroup
 from analyze.pair_blocks import choose_pairs, cut_pairs, cut_stretches, parse_lags
 from capture.store import DamagedError, UnknownNameError, UsageError, layout
@@ -169,8 +169,9 @@ def test_a_cluster_gives_the_same_bytes(tmp_path: Path) -> None:
         (pair_blocks, "_MOST_STRETCHES", 1),
         (pair_blocks, "_MOST_STRETCHES", 2),
         (pair_blocks, "_PARTIAL_BYTES", 1),
-        (tiles, "_TILE_BYTES", 1),
-        (tiles, "_SHORTEST", 7),
+        (chain, "_TILE", 8),
+        (chain, "_TILE", 24),
+        (row_bytes, "WINDOW_BYTES", 1),
     ],
 )
 @pytest.mark.parametrize("lags", [None, [10, 20]])
@@ -178,9 +179,7 @@ def test_the_cut_into_blocks_and_tiles_changes_no_number(
     run: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, value: int, lags: Any
 ) -> None:
     expected = compute_gram(run, "fixed", GROUPS, lags=lags)
-    monkeypatch.setattr(tiles, "_LONGEST", 64)
-    if name == "_SHORTEST":
-        monkeypatch.setattr(tiles, "_TILE_BYTES", 1)
+    monkeypatch.setattr(row_bytes, "_MULTIPLE", 7)
     monkeypatch.setattr(module, name, value)
     found = compute_gram(run, "fixed", GROUPS, lags=lags)
     for key, values in expected.sums.items():

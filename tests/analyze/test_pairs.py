@@ -25,8 +25,9 @@ Values = NDArray[Any]
 
 COLUMNS = [
     *("run", "stream", "step", "step_to", "lag", "batch", "group", "reference", "num_parameters"),
-    *("dist", "cosine_dist", "dot_grad", "cosine_grad", "sim", "gamma", "gamma_null"),
-    *("gamma_back", "smoothness", "cosine_step"),
+    *("dist", "cosine_dist", "dot_weights", "cosine_weights", "angle_weights_deg"),
+    *("dot_grad", "cosine_grad", "sim", "gamma", "gamma_null", "gamma_back", "smoothness"),
+    *("dot_step", "cosine_step"),
 ]
 # Of cosines: sums of 25 products of numbers near 1, put together from a few terms.
 CLOSE: dict[str, Any] = {"rel": 1e-10, "abs": 1e-12}
@@ -52,12 +53,22 @@ def orthogonal(g: Values, e: Values) -> Values:
     return g - e * (g @ e) / (e @ e) if e.any() else np.full_like(g, np.nan)
 
 
+def point_pair(wi: Values, wj: Values, ref: Values) -> dict[str, float]:
+    """Every quantity of two iterates, one line each, by its definition."""
+    return {
+        "dist": float(norm(wi - wj)),
+        "cosine_dist": cosine(wi - ref, wj - ref),
+        "dot_weights": float(wi @ wj),
+        "cosine_weights": cosine(wi, wj),
+        "angle_weights_deg": math.degrees(math.acos(np.clip(cosine(wi, wj), -1, 1))),
+    }
+
+
 def gradient_pair(gi: Values, gj: Values, wi: Values, wj: Values, ref: Values) -> dict[str, float]:
     """Every quantity of two gradients, one line each, by its definition."""
     ei, ej = wi - ref, wj - ref
     return {
-        "dist": float(norm(wi - wj)),
-        "cosine_dist": cosine(ei, ej),
+        **point_pair(wi, wj, ref),
         "dot_grad": float(gi @ gj),
         "cosine_grad": cosine(gi, gj),
         "sim": cosine(orthogonal(gi, ei), orthogonal(gj, ej)),
@@ -91,9 +102,9 @@ def test_every_quantity_is_that_of_dense_numpy(tmp_path: Path, by: str, maximize
         wi, wj = rows["weights"][i][at], rows["weights"][j][at]
         ref, stored = references[row["reference"]][at], rows[row["stream"]]
         if row["stream"] == "updates":
-            cosines = {"cosine_step": cosine(stored[i][at], stored[j][at])}
+            ui, uj = stored[i][at], stored[j][at]
             check(
-                row, {"dist": norm(wi - wj), "cosine_dist": cosine(wi - ref, wj - ref), **cosines}
+                row, {**point_pair(wi, wj, ref), "dot_step": ui @ uj, "cosine_step": cosine(ui, uj)}
             )
             continue
         if row["stream"] == "minibatch":
@@ -125,8 +136,7 @@ def test_weights_alone_have_distances(run: Path) -> None:
     assert table.num_rows == 21
     for row in table.to_pylist():
         i, j = row["step"], row["step_to"]
-        expected = {"dist": norm(w[i] - w[j]), "cosine_dist": cosine(w[i] - w[0], w[j] - w[0])}
-        check(row, expected)
+        check(row, point_pair(w[i], w[j], w[0]))
         assert row["batch"] is None
 
 
