@@ -118,13 +118,12 @@ def adam_moments(
 
 
 def states_to_read(
-    path: str, streams: Sequence[str], references: Sequence[Reference], where: Where = True
+    run: Run, streams: Sequence[str], references: Sequence[Reference], where: Where = True
 ) -> tuple[int, int]:
     """Say what `adam_moments` would read: how many kept states, and their bytes.
 
     The rows of weights and gradients at their steps are read once more as well.
     """
-    run = open_run(path)
     question = _ask(run, streams, references, where)
     if isinstance(question, str):
         return 0, 0

@@ -207,10 +207,9 @@ def measured_moments(
 
 
 def lacking_moments(
-    path: str, streams: Sequence[str], references: Sequence[Reference], *, where: Where = True
+    run: Run, streams: Sequence[str], references: Sequence[Reference], *, where: Where = True
 ) -> list[tuple[list[str], list[Reference]]]:
     """List what `measured_moments` would sum: some streams, and the references they all lack."""
-    run = open_run(path)
     identities = [reference.identity(run) for reference in references]
     kept = _find_all(cache_of(run, where), run, streams, identities)
     return [

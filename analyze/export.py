@@ -10,6 +10,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +136,9 @@ _FILES: Mapping[str, Callable[[pa.Table, Path], None]] = {
 
 def _write_zarr(table: pa.Table, target: Path) -> None:
     """Write beside the target, then rename; an older export steps aside until that is done."""
-    files = _zarr_files(table)
+    with ThreadPoolExecutor(1) as pool:
+        # Where no Ctrl-C can break into it: Zarr's own tasks would be left behind, and heard of.
+        files = pool.submit(_zarr_files, table).result()
     new, old = (target.with_name(f"{target.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     try:
         with writing(target):

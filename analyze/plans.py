@@ -41,30 +41,33 @@ def project_run(
     Empty where all its moments were kept, so that nothing is read; what Adam's metric reads beside
     them says `project_metric`. The file of a reference is read once more, to know it again.
     """
+    return _passes(open_run(path), references, streams, scheduler, workers, cache)
+
+
+def _passes(
+    run: Run,
+    references: Sequence[str],
+    streams: Sequence[str],
+    scheduler: str | Cluster,
+    workers: int | None,
+    cache: Where,
+) -> list[Projection]:
     parsed = [parse_reference(text) for text in dict.fromkeys(references)]
-    chosen = choose_streams(open_run(path), streams)
-    wanted = lacking_moments(path, chosen, parsed, where=cache)
+    wanted = lacking_moments(run, choose_streams(run, streams), parsed, where=cache)
     if not wanted:
         return []
     from analyze.projection import project
 
     return [
-        project(path, names, lacking, scheduler=scheduler, workers=workers)
+        project(run, names, lacking, scheduler=scheduler, workers=workers)
         for names, lacking in wanted
     ]
 
 
-def project_metric(
-    path: str,
-    references: Sequence[str] = ("final",),
-    *,
-    streams: Sequence[str] = (),
-    cache: Where = True,
-) -> list[str]:
+def _metric(run: Run, references: Sequence[str], streams: Sequence[str], cache: Where) -> list[str]:
     """Say in words what Adam's metric reads beside the passes of `project_run`, if anything."""
     parsed = [parse_reference(text) for text in dict.fromkeys(references)]
-    chosen = choose_streams(open_run(path), streams)
-    count, nbytes = states_to_read(path, chosen, parsed, where=cache)
+    count, nbytes = states_to_read(run, choose_streams(run, streams), parsed, where=cache)
     if not count:
         return []
     states = "1 kept state" if count == 1 else f"{count} kept states"
@@ -109,14 +112,7 @@ def project_pairs(
     passes = [replace(one, memory=one.memory + table) for one in passes]
     return [
         *passes,
-        *project_run(
-            path,
-            references,
-            streams=asked.streams,
-            scheduler=scheduler,
-            workers=workers,
-            cache=cache,
-        ),
+        *_passes(run, references, asked.streams, scheduler, workers, cache),
     ]
 
 
@@ -144,13 +140,9 @@ def plan_run(
     cache: Where = True,
 ) -> str:
     """Say in one line what `analyze.measure_run` with the same arguments will take."""
-    passes: list[Projection | str] = [
-        *project_run(
-            path, references, streams=streams, scheduler=scheduler, workers=workers, cache=cache
-        ),
-        *project_metric(path, references, streams=streams, cache=cache),
-    ]
-    return told(path, passes)
+    run = open_run(path)
+    passes = _passes(run, references, streams, scheduler, workers, cache)
+    return told(path, [*passes, *_metric(run, references, streams, cache)])
 
 
 def plan_schedule(

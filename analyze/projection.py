@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from analyze import schedulers
 from analyze.amounts import duration, size
@@ -18,6 +19,7 @@ from analyze.moments import MOMENTS, moment_kind, segment_moments
 from analyze.references import Reference
 from analyze.schedulers import Cluster
 from analyze.session import Plan, Session, drop, keep, weights_row
+from capture.store import Run, Stream
 from capture.store.layout import ITERATES
 from capture.store.place import absolute_address
 
@@ -65,7 +67,7 @@ class Projection:
 
 
 def project(
-    run: str | os.PathLike[str],
+    run: str | os.PathLike[str] | Run,
     streams: Sequence[str],
     references: Sequence[Reference],
     *,
@@ -76,14 +78,16 @@ def project(
 ) -> Projection:
     """Say what `compute_moments` with the same arguments will cost; errors are the same.
 
+    A `run` that is open is not opened again.
     Reads the logs and, for the rate, a few megabytes. A cluster is not asked: its workers count as
     `workers` threads that read as fast as this process does.
     """
     threads = schedulers.check(scheduler, workers)
     names, kind = tuple(dict.fromkeys(streams)), moment_kind(moments)
-    where = absolute_address(run)
+    opened = run if isinstance(run, Run) else None
+    where = absolute_address(run.path if isinstance(run, Run) else run)
     plan = Plan(uuid.uuid4().hex, where, names, tuple(references), kind, threads)
-    session = Session(plan)
+    session = Session(plan, opened)
     keep(plan, session)
     try:
         blocks = [
@@ -113,18 +117,25 @@ def _bytes_of(session: Session, threads: int, block: Block) -> int:
     inside, batches = len(block.chunks) * grid.chunk_bytes, stream.batches or 1
     parts = list(pieces(block.rows, batches, most_open(threads)))
     rest = grid.num_chunks * grid.chunk_bytes * (block.chunks.start == 0)
-    total = 0
-    for row in block.rows:
-        sizes = stream.commits.sizes[row * batches : (row + 1) * batches]
-        passes = [(size, 1) for size in sizes.tolist()]
-        if stream.name not in ITERATES:
-            weights = session.weights.commits.sizes[weights_row(session.run, stream, row)]
-            passes.append((int(weights), len(parts[0])))
-        total += sum(times * (inside + (size - rest if rest else 0)) for size, times in passes)
+    rows, own = len(block.rows), slice(block.rows.start * batches, block.rows.stop * batches)
+    total = rows * batches * (inside - rest) + int(stream.commits.sizes[own].sum()) * bool(rest)
+    if stream.name not in ITERATES:
+        sizes = session.weights.commits.sizes[_weights_rows(session, stream, block.rows)]
+        total += len(parts[0]) * (rows * (inside - rest) + int(sizes.sum()) * bool(rest))
     again = sum(reference.bytes_per_pass for reference in session.references)
     first, last = grid.bounds(block.chunks.start)[0], grid.bounds(block.chunks[-1])[1]
     share = (last - first) / grid.num_elements
     return total + round(sum(map(len, parts)) * again * share)
+
+
+def _weights_rows(session: Session, stream: Stream, rows: range) -> NDArray[np.int64]:
+    """Rows of the weights at which some rows of `stream` were taken; `DamagedError` without one."""
+    known, steps = session.weights.steps, stream.steps[rows.start : rows.stop]
+    found = np.minimum(np.searchsorted(known, steps), max(0, len(known) - 1))
+    lacking = np.flatnonzero(known[found] != steps).tolist() if len(known) else range(len(rows))
+    for place in lacking:
+        weights_row(session.run, stream, rows[place])  # which says what is wrong
+    return np.asarray(found)
 
 
 def _memory(session: Session, threads: int, blocks: Sequence[Block]) -> int:
