@@ -64,8 +64,18 @@ def _passes(
     ]
 
 
-def _metric(run: Run, references: Sequence[str], streams: Sequence[str], cache: Where) -> list[str]:
+def project_metric(
+    path: str,
+    references: Sequence[str] = ("final",),
+    *,
+    streams: Sequence[str] = (),
+    cache: Where = True,
+) -> list[str]:
     """Say in words what Adam's metric reads beside the passes of `project_run`, if anything."""
+    return _metric(open_run(path), references, streams, cache)
+
+
+def _metric(run: Run, references: Sequence[str], streams: Sequence[str], cache: Where) -> list[str]:
     parsed = [parse_reference(text) for text in dict.fromkeys(references)]
     count, nbytes = states_to_read(run, choose_streams(run, streams), parsed, where=cache)
     if not count:
