@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from analyze import tables
 from analyze.axes import Values
-from analyze.curves import distinct
+from analyze.verdict_groups import grouping_of
 from capture.store.errors import InputError, UsageError
 from capture.store.objects import ObjectPath
 from capture.store.place import place_of
@@ -56,13 +56,8 @@ def read_inputs(inputs: Sequence[str]) -> Measured:
         },
         nulls=metadata["null"],
         version=str(metadata["version"]),
-        grouping=_grouping(metadata["by"]),
+        grouping=grouping_of(metadata["by"]),
     )
-
-
-def _grouping(by: str) -> str:
-    kinds = [kind for kind in distinct(by.split("+")) if kind != "model"]
-    return kinds[0] if len(kinds) == 1 else "group"
 
 
 def _read(text: str) -> list[pa.Table]:

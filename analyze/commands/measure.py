@@ -93,7 +93,8 @@ def compute(
     """
     from analyze.groups import name_of
     from analyze.tables import concatenate, measure_run, write_table
-    from analyze.verdict import counted, verdict
+    from analyze.verdict import counted
+    from analyze.verdict_text import verdict
 
     place = cache_place(cache, no_cache)
     options: dict[str, Any] = {
@@ -128,7 +129,7 @@ def compute(
         measured.append(tables)
     table = concatenate([tables[name_of(chosen)] for tables in measured])
     write_table(table, out)
-    show(verdict(concatenate([tables["model"] for tables in measured])))
+    show(verdict(concatenate([each for tables in measured for each in tables.values()])))
     click.echo(f"{counted(table.num_rows)} in {out}; next:", err=True)
     page = shlex.quote(f"{out.removesuffix('.parquet')}.html")
     click.echo(f"  analyze report {shlex.quote(out)} --out {page}", err=True)

@@ -100,8 +100,8 @@ def report(
 ) -> None:
     """Make one HTML page of figures and exact values.
 
-    The page needs no network. A TABLE is what `analyze compute` wrote; a RUN is measured against
-    final.
+    The page needs no network. A TABLE is what `analyze compute`, `pairs`, `pca` or `compare` wrote
+    as Parquet; a RUN is measured against final.
     """
     from analyze.report import write_report
     from capture.store.errors import UsageError
