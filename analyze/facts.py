@@ -9,7 +9,7 @@ import numpy as np
 
 from analyze.axes import Values, number_label
 from analyze.curves import Curve
-from analyze.run_groups import text_of
+from analyze.run_groups import ABSENT, text_of
 from analyze.text_table import span
 from capture.store.errors import InputError
 
@@ -117,7 +117,7 @@ def _optimizer(optimizer: Mapping[str, Any], config: Mapping[str, Any], momenta:
         return None
     parts = [str(name)]
     momentum = text_of(config["momentum"]) if "momentum" in config else span(momenta)
-    if momentum not in (None, "0"):
+    if momentum not in (None, ABSENT, "0"):
         kind = "Nesterov momentum" if optimizer.get("nesterov") else "momentum"
         parts.append(f"{kind} {momentum}")
     if config.get("weight_decay"):

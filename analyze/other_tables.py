@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from analyze.kinds import WRITERS, facts_in, kind_of
-from analyze.tables import read_parquet
+from analyze.tables import concatenate, read_parquet
 from analyze.tensor_file import open_regular
-from capture.store.errors import InputError
+from capture.store.errors import InputError, UsageError
 from capture.store.objects import ObjectPath
 from capture.store.place import place_of
 
@@ -44,6 +44,24 @@ def sort_inputs(inputs: Sequence[str]) -> tuple[list[str], list[Other]]:
         else:
             others.append(_read(text, str(kind)))
     return measured, others
+
+
+def one_other(inputs: Sequence[str]) -> pa.Table | None:
+    """Read tables of one kind that is not `compute` as one; `None` where all others may read them.
+
+    `UsageError` where kinds are mixed, or for several comparisons.
+    """
+    measured, others = sort_inputs(inputs)
+    if not others:
+        return None
+    kinds = {other.kind for other in others}
+    if measured or len(kinds) > 1 or (kinds == {"compare"} and len(others) > 1):
+        raise UsageError(
+            "these tables do not go into one: " + ", ".join(inputs),
+            fix="give tables of one kind, or one comparison, and the others by themselves",
+        )
+    tables = [other.table for other in others]
+    return tables[0] if len(tables) == 1 else concatenate(tables)
 
 
 def _kind(text: str) -> str | None:

@@ -20,8 +20,9 @@ from analyze.text_table import minus
 from analyze.verdict import Verdict, summarise
 from analyze.verdict_groups import GroupVerdict, summarise_groups
 from analyze.verdict_text import (
+    GROUP_NOTE,
     HEAD,
-    READING,
+    NOTE,
     Cell,
     cells,
     group_cells,
@@ -65,10 +66,13 @@ def render(names: Sequence[str], measured: Measured | None, sections: Sequence[S
         }
         for section in sections
     ]
+    verdict = [] if measured is None else build_verdict(measured.table)
+    reading = [NOTE] if any(block.head for block in verdict) else []
+    reading += [GROUP_NOTE] if any(block.groups for block in verdict) else []
     return environment.get_template("report.html.j2").render(
         names=names,
-        verdict=[] if measured is None else build_verdict(measured.table),
-        reading=[] if measured is None else [minus(note) for note in READING],
+        verdict=verdict,
+        reading=[minus(note) for note in reading],
         sign=minus(SIGN),
         end_effect=END_EFFECT,
         sections=shown,
@@ -97,7 +101,7 @@ def _summary(found: Verdict, groups: Sequence[GroupVerdict]) -> Summary:
     said = [] if found.streams else ["no gradients or updates: see norm_dist in the table"]
     return Summary(
         heading=heading(found),
-        head=HEAD[1:] if found.streams else (),
+        head=[(minus(title), band) for title, band in HEAD[1:]] if found.streams else (),
         streams=streams,
         groups=[_by_groups(each) for each in own],
         notes=[minus(note) for note in (*said, *notes(found))],
@@ -114,7 +118,7 @@ def _against(found: GroupVerdict) -> str:
 
 def _by_groups(found: GroupVerdict) -> dict[str, Any]:
     above, below = group_head(found)
-    titles = [title for title in above[2:-1] if title]
+    titles = [minus(title) for title in above[2:-1] if title]
     return {
         "title": above[0],
         "above": titles,

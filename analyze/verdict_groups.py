@@ -54,6 +54,11 @@ class GroupVerdict:
     rows: tuple[GroupRow, ...]
     more: int
 
+    @property
+    def has_null(self) -> bool:
+        """Whether any group has a γ/γ⁰."""
+        return any(math.isfinite(value) for row in self.rows for value in row.ratio)
+
 
 def summarise_groups(table: pa.Table, most: int | None = MOST_GROUPS) -> list[GroupVerdict]:
     """Compute the verdict of the groups of a table; empty where it has whole models alone.

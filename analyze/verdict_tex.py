@@ -160,9 +160,9 @@ def _pages(found: GroupVerdict) -> Iterator[tuple[GroupRow, ...]]:
 
 
 def _group_table(found: GroupVerdict, rows: tuple[GroupRow, ...], place: int) -> str:
-    titles = " & ".join(
-        rf"\multicolumn{{3}}{{c}}{{{_head(title)}}}" for title in ("γ", "γ/γ⁰", "η*/a_t")
-    )
+    symbols = ("γ", "γ/γ⁰", "η*/a_t") if found.has_null else ("γ",)
+    titles = " & ".join(rf"\multicolumn{{3}}{{c}}{{{_head(title)}}}" for title in symbols)
+    places = range(3, 3 + 3 * len(symbols), 3)
     lines = [
         r"\begin{table*}",
         r"  \centering",
@@ -171,13 +171,13 @@ def _group_table(found: GroupVerdict, rows: tuple[GroupRow, ...], place: int) ->
         rf"  \caption{{{' '.join(_group_caption(found, rows))}}}",
         rf"  \label{{{_label(found.run, found.reference, place)}}}",
         r"  \smallskip",
-        r"  \begin{tabular}{lr*{10}{r}}",
+        rf"  \begin{{tabular}}{{lr*{{{3 * len(symbols) + 1}}}{{r}}}}",
         r"    \toprule",
         rf"    & & {titles} & \\",
-        r"    \cmidrule(lr){3-5} \cmidrule(lr){6-8} \cmidrule(lr){9-11}",
-        f"    {_row((found.grouping, 'parameters', *PARTS * 3, _head('γ < 0')))}",
+        "    " + " ".join(rf"\cmidrule(lr){{{place}-{place + 2}}}" for place in places),
+        f"    {_row((found.grouping, 'parameters', *PARTS * len(symbols), _head('γ < 0')))}",
         r"    \midrule",
-        *(f"    {_row(_group_cells(row))}" for row in rows),
+        *(f"    {_row(_group_cells(row, found.has_null))}" for row in rows),
         r"    \bottomrule",
         r"  \end{tabular}",
         r"\end{table*}",
@@ -186,9 +186,9 @@ def _group_table(found: GroupVerdict, rows: tuple[GroupRow, ...], place: int) ->
     return "\n".join(lines)
 
 
-def _group_cells(row: GroupRow) -> tuple[str, ...]:
+def _group_cells(row: GroupRow, has_null: bool) -> tuple[str, ...]:
     size = f"{row.size:,}".replace(",", "{,}")
-    numbers = (*row.cosine, *row.ratio, *row.rate_ratio)
+    numbers = (*row.cosine, *row.ratio, *row.rate_ratio) if has_null else row.cosine
     share = _value(100 * row.negative)
     share = share if share == "--" else rf"{share}\,\%"
     return (code(row.group), f"${size}$", *map(_value, numbers), share)
@@ -201,6 +201,8 @@ def _group_caption(found: GroupVerdict, rows: tuple[GroupRow, ...]) -> Iterator[
         r"late third of the updates before the end, of each group's own gradient and distance; "
         rf"{_head('γ < 0')} over all three."
     )
+    if not found.has_null:
+        yield "There is no null here."
     if len(rows) < len(found.rows):
         first = found.rows.index(rows[0]) + 1
         yield f"Rows {first} to {first + len(rows) - 1} of {len(found.rows)}."

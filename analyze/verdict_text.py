@@ -28,18 +28,16 @@ HEAD: tuple[Cell, ...] = (
     ("η*/a_t", ""),
     ("γ < 0", "95 %"),
 )
-_NOTE = (
+NOTE = (
     "γ and γ < 0: means of n rows with intervals within this run, by blocks of steps crossed with "
     "batches; (eff.): how many independent steps they are worth. γ⁰, γ/γ⁰, η*/a_t: medians, with "
     "the 10 and 90 % quantiles of the rows. About other seeds this says nothing: see `analyze "
     "compare`."
 )
-_GROUP_NOTE = (
+GROUP_NOTE = (
     "by groups: medians of the rows of each part, of the group's own g and e; γ < 0 of all three "
     "parts. How they spread is in the table."
 )
-# What the signs of the verdict mean, for a page that says more of them elsewhere.
-READING = (_NOTE,)
 
 
 def verdict(table: pa.Table) -> str:
@@ -50,7 +48,7 @@ def verdict(table: pa.Table) -> str:
     found, groups = summarise(table), summarise_groups(table)
     blocks = [*map(_text, found), *map(_group_text, groups)]
     told = any(each.streams for each in found)
-    closing = [SIGN, *([_NOTE] if told else []), *([_GROUP_NOTE] if groups else [])]
+    closing = [SIGN, *([NOTE] if told else []), *([GROUP_NOTE] if groups else [])]
     if told or groups:
         blocks.append("\n".join(map(_lines, closing)))
     return "\n\n".join(blocks)
@@ -140,24 +138,26 @@ def _gaps(found: Verdict) -> Iterator[str]:
 
 def group_head(found: GroupVerdict) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Two rows of titles: over each three columns what they are, then the parts."""
-    symbol = "γ"
-    above = [title for name in (symbol, f"{symbol}/γ⁰", "η*/a_t") for title in (name, "", "")]
+    symbols = ("γ", "γ/γ⁰", "η*/a_t") if found.has_null else ("γ",)
+    above = [title for name in symbols for title in (name, "", "")]
     return (
         (f"{found.stream}, by {found.grouping}", "", *above, ""),
-        (found.grouping, "parameters", *PARTS * 3, "γ < 0"),
+        (found.grouping, "parameters", *PARTS * len(symbols), "γ < 0"),
     )
 
 
 def group_cells(found: GroupVerdict) -> Iterator[tuple[str, ...]]:
     """The rows of a verdict by groups, below `group_head`."""
     for row in found.rows:
-        numbers = (*row.cosine, *row.ratio, *row.rate_ratio)
+        numbers = (*row.cosine, *row.ratio, *row.rate_ratio) if found.has_null else row.cosine
         share = NONE if math.isnan(row.negative) else f"{100 * row.negative:.3g} %"
         yield (row.group, f"{row.size:,}", *map(number, numbers), share)
 
 
 def group_notes(found: GroupVerdict) -> Iterator[str]:
-    """What was left out of the rows."""
+    """What is not in the rows."""
+    if not found.has_null:
+        yield "no null: no γ/γ⁰ and no η*/a_t"
     if found.more:
         yield f"the {len(found.rows)} largest groups; {found.more} more are in the table"
 
