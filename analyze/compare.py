@@ -289,10 +289,10 @@ def _notes(
         yield f"without rows of {stream} against {reference}: {', '.join(missing)}"
     if stream == "updates":
         yield (
-            "updates: -cos(u, e) in the place of γ; what orthogonal gradients alone would give, "
-            "`analyze schedule` tells"
+            "updates: -cos(u, e) in the place of γ, and η* of the step really taken: η*/η is the "
+            "factor by which it should have been longer"
         )
-    elif stream != "minibatch":
+    if stream not in ("minibatch", "updates"):
         yield f"{stream}: no null, only the minibatch gradients made the path"
     else:
         said: dict[str, list[str]] = {}

@@ -19,8 +19,11 @@ import pyarrow.compute as pc
 from pyarrow import csv
 
 from analyze.cache import Where
-from analyze.dataset import FACTS, to_tree
+from analyze.dataset import FACTS
+from analyze.flat_dataset import tree_of
 from analyze.inputs import read_inputs
+from analyze.kinds import WRITERS, kind_of
+from analyze.other_tables import one_other
 from analyze.tables import write_table
 from analyze.verdict_tex import verdict_tex
 from capture.store.errors import InputError, UsageError
@@ -46,14 +49,18 @@ def export_inputs(
 ) -> Path:
     """Write runs, and tables of `analyze compute`, as one table in the format of `out`'s suffix.
 
+    Or tables of `pairs`, of its noise or of `pca`, or one of `compare`: all of one kind.
+
     A run is measured against final, as a whole and by layer; scheduler, workers and cache are those
     of `analyze.measure_run`. Formats, and the errors of the place, are those of `export_table`;
-    `UsageError` too where `out` is an input, `InputError` for an
-    input that is neither run nor table. Then nothing is written.
+    `UsageError` too where `out` is an input, `InputError` for an input that is neither run nor
+    table. Then nothing is written.
     """
     target = _check(out, inputs)
-    measured = read_inputs(inputs, scheduler=scheduler, workers=workers, cache=cache)
-    _write(measured.table, target)
+    table = one_other(inputs)
+    if table is None:
+        table = read_inputs(inputs, scheduler=scheduler, workers=workers, cache=cache).table
+    _write(table, target)
     return target
 
 
@@ -67,9 +74,11 @@ def export_table(table: pa.Table, out: str | os.PathLike[str]) -> Path:
     - ``.zarr``: Zarr 3, a folder, a group for each stream, as in NetCDF.
     - ``.tex``: the numbers of the verdict, a LaTeX table for each run and reference.
 
-    Groups are those of `to_dataset`. `UsageError` for another suffix or a place that may not be
-    written, `InputError` for a table without rows or one that the format cannot hold, `WriteError`
-    where the disk refuses.
+    Groups are those of `to_dataset`; of other kinds of tables those of
+    `analyze.flat_dataset.rows_tree`, and none of them goes to ``.tex``.
+
+    `UsageError` for another suffix or a place that may not be written, `InputError` for a table
+    without rows or one that the format cannot hold, `WriteError` where the disk refuses.
     """
     target = _check(out, ())
     _write(table, target)
@@ -108,7 +117,7 @@ def _write_csv(table: pa.Table, target: Path) -> None:
 
 
 def _write_netcdf(table: pa.Table, target: Path) -> None:
-    tree = to_tree(table)
+    tree = tree_of(table)
     # Columns that do not apply to a stream are NaN throughout; what is small only grows.
     encoding: dict[str, Any] = {
         child.path: {
@@ -123,6 +132,13 @@ def _write_netcdf(table: pa.Table, target: Path) -> None:
 
 
 def _write_tex(table: pa.Table, target: Path) -> None:
+    kind = kind_of(table.schema)
+    if kind not in (None, "compute"):
+        raise UsageError(
+            f"a table of {WRITERS[str(kind)]} has no verdict to set in LaTeX",
+            where=target,
+            fix="end the name in .csv, .parquet, .nc or .zarr",
+        )
     write_durably(target, verdict_tex(table).encode(), target.parent)
 
 
@@ -165,7 +181,7 @@ def _zarr_files(table: pa.Table) -> dict[str, bytes]:
     files: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Consolidated metadata is currently not part")
-        to_tree(table).to_zarr(MemoryStore(files), mode="w", zarr_format=3, consolidated=True)
+        tree_of(table).to_zarr(MemoryStore(files), mode="w", zarr_format=3, consolidated=True)
     return {name: buffer.to_bytes() for name, buffer in files.items()}
 
 

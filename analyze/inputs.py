@@ -13,8 +13,8 @@ import pyarrow as pa
 from analyze import tables
 from analyze.axes import Values
 from analyze.cache import Where
-from analyze.curves import distinct
 from analyze.repeats import place_name, without_repeats
+from analyze.verdict_groups import grouping_of
 from capture.store.errors import InputError, UsageError
 from capture.store.objects import ObjectPath
 from capture.store.place import place_of
@@ -87,13 +87,8 @@ def read_inputs(
         },
         nulls=metadata["null"],
         version=str(metadata["version"]),
-        grouping=_grouping(metadata["by"]),
+        grouping=grouping_of(metadata["by"]),
     )
-
-
-def _grouping(by: str) -> str:
-    kinds = [kind for kind in distinct(by.split("+")) if kind != "model"]
-    return kinds[0] if len(kinds) == 1 else "group"
 
 
 def runs_among(inputs: Sequence[str]) -> list[str]:

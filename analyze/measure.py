@@ -80,8 +80,8 @@ class Measure:
         for index, reference in enumerate(references):
             named = dict(zip(MOMENTS, np.moveaxis(moments[:, index], -1, 0), strict=True))
             sums = self._sums(stream, steps, named)
-            if stream == "minibatch":
-                sums |= self._null_sums(reference, steps)
+            if stream in ("minibatch", "updates"):
+                sums |= self._null_sums(stream, reference, steps)
             grouped = sum_groups(sums, groups, count)
             grouped |= self._path_sums(reference, steps, groups, count)
             if count == 1:
@@ -94,17 +94,6 @@ class Measure:
         return {
             name: np.stack([part.get(name, nothing) for part in parts], axis=-1) for name in names
         }
-
-    def update_null(self, reference: str, steps: Integers) -> tuple[Values, Values] | None:
-        """⟨u, e⟩₀ and ‖u‖²₀ by tensor, each float64 ``[N, P]``; `None` without a null.
-
-        What the updates would be if all gradients of the run were orthogonal; `nulls` tells more.
-        """
-        end, self.nulls[reference] = self._null_end(reference)
-        if end is None or isinstance(self._path, str):
-            return None
-        null = self._path.null(steps, end)
-        return null.update_dot, null.update_square
 
     def scalar(self, name: str, steps: Integers) -> Values:
         """An every-step scalar at `steps`, float64 ``[N]``; NaN where it was not recorded."""
@@ -166,12 +155,21 @@ class Measure:
         scale = self.gradient_scale(stream, steps)
         return gradient_sums(moments, self._decay_at(steps), scale[:, None])
 
-    def _null_sums(self, reference: str, steps: Integers) -> dict[str, Values]:
-        """The null in units of the unclipped gradient, by tensor ``[N, P]``; empty without one."""
+    def _null_sums(self, stream: str, reference: str, steps: Integers) -> dict[str, Values]:
+        """The null of updates, or of the unclipped gradient, by tensor ``[N, P]``.
+
+        Empty without one.
+        """
         end, self.nulls[reference] = self._null_end(reference)
         if end is None or isinstance(self._path, str):
             return {}
         null = self._path.null(steps, end)
+        if stream == "updates":
+            return {
+                "null_ue": null.update_dot,
+                "null_uu": null.update_square,
+                "null_ee": null.dist,
+            }
         scale = unclipping(self.scalar("clip_factor", steps))[:, None]
         return {
             "null_ge": null.dot * scale,

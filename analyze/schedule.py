@@ -49,6 +49,7 @@ from analyze.quantities import Values, ratio
 from analyze.rates import rate_verdict
 from analyze.rows import select_rows
 from analyze.tables import measure_run
+from analyze.text_table import span
 from analyze.verdict import PARTS, part_of
 from capture.store.errors import InputError, UsageError
 from capture.store.files import write_durably
@@ -103,9 +104,9 @@ class Schedule:
         """Say in a few lines what the rates are and what became of the rows."""
         count = Counter(self.status.tolist())
         kinds = [f"{count[name]} {text}" for name, text in _STATUS.items() if count[name]]
-        own = _range(self.run_lr)
+        rate, own = (span(values, 3) or "unknown" for values in (self.lr, self.run_lr))
         lines = [
-            f"rate {_range(self.lr)} at {len(self.steps)} steps, that of the run itself {own}",
+            f"rate {rate} at {len(self.steps)} steps, that of the run itself {own}",
             f"from {_ORIGIN[self.source]}",
             f"smoothed over {self.smooth} rows: Σ⟨d, e⟩ / Σ‖d‖² with w_t+1 = w_t - η d, the one "
             "rate that suits the window best",
@@ -279,10 +280,3 @@ def _check(smooth: int | None, factor: float) -> None:
         )
     if not 0 < factor < math.inf:
         raise UsageError(f"rates cannot be multiplied with {factor:g}", fix="use a number above 0")
-
-
-def _range(values: Values) -> str:
-    known = values[np.isfinite(values)]
-    if not len(known):
-        return "unknown"
-    return " to ".join(dict.fromkeys(f"{bound:.3g}" for bound in (known.min(), known.max())))

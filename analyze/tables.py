@@ -24,6 +24,8 @@ import capture
 from analyze.adam import AdamMoments, adam_moments
 from analyze.cache import Where, measured_moments
 from analyze.groups import Grouping, group_tensors, name_of
+from analyze.kinds import METADATA_KEY as METADATA_KEY
+from analyze.kinds import WRITERS, kind_of
 from analyze.measure import Measure
 from analyze.metadata import flaw, printable
 from analyze.moment_table import MOMENTS, Moments, StreamMoments
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
 
 Integers = NDArray[np.int64]
 
-METADATA_KEY = b"straightway"
 TABLE_VERSION = 1
 _AGAIN = "make it again from the run"
 
@@ -233,13 +234,16 @@ def write_table(table: pa.Table, path: str | PathLike[str]) -> None:
 
 
 def read_table(path: str | PathLike[str]) -> pa.Table:
-    """Read what `write_table` wrote; `InputError` where the file is anything else."""
-    with os.fdopen(open_regular(path, "table"), "rb") as file:
-        try:
-            table = pq.read_table(file)
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"no table can be read ({reason})", where=path, fix=_AGAIN) from error
+    """Read what `write_table` wrote of a measurement; `InputError` where the file is another."""
+    table = read_parquet(path)
+    other = kind_of(table.schema)
+    if other not in (None, "compute"):
+        raise InputError(
+            f"another kind of table: that of {WRITERS[str(other)]}",
+            where=path,
+            fix="draw it with `analyze report`, or write it in another format with `analyze "
+            "export`; here goes a run, or a table of `analyze compute`",
+        )
     if METADATA_KEY not in (table.schema.metadata or {}):
         what: str | None = "it has no facts of runs"
     else:
@@ -252,6 +256,16 @@ def read_table(path: str | PathLike[str]) -> pa.Table:
             f"not a table of this version of `analyze compute`, {what}", where=path, fix=_AGAIN
         )
     return table
+
+
+def read_parquet(path: str | PathLike[str]) -> pa.Table:
+    """Read a Parquet file with whatever is in it; `InputError` where there is none."""
+    with os.fdopen(open_regular(path, "table"), "rb") as file:
+        try:
+            return pq.read_table(file)
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"no table can be read ({reason})", where=path, fix=_AGAIN) from error
 
 
 def read_metadata(table: pa.Table) -> dict[str, Any]:

@@ -72,7 +72,8 @@ def compute(
     from analyze.references import files_of
     from analyze.repeats import without_repeats
     from analyze.tables import concatenate, write_table
-    from analyze.verdict import counted, verdict
+    from analyze.verdict import counted
+    from analyze.verdict_text import verdict
 
     question = {"streams": streams, **running.arguments}
     if out is None:
@@ -81,7 +82,7 @@ def compute(
     question |= {"by": with_model(grouping), "weight_decay": weight_decay}
     measured = [_measure(run, references, question) for run in without_repeats(runs)]
     table = concatenate([tables[name_of(grouping)] for tables in measured])
-    text = verdict(concatenate([tables["model"] for tables in measured]))
+    text = verdict(concatenate([each for tables in measured for each in tables.values()]))
     write_table(table, out)
     show(text)
     click.echo(f"{counted(table.num_rows)} in {out}; next:", err=True)

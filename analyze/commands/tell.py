@@ -148,8 +148,8 @@ def report(
 ) -> None:
     """Make one HTML page of figures and exact values.
 
-    The page needs no network. A TABLE is what `analyze compute` wrote; a RUN is measured against
-    final.
+    The page needs no network. A TABLE is what `analyze compute`, `pairs`, `pca` or `compare` wrote
+    as Parquet; a RUN is measured against final.
     """
     from analyze.plans import plan_inputs
     from analyze.report import write_report
@@ -180,9 +180,10 @@ def report(
 def export(inputs: tuple[str, ...], out: str | None, running: Running) -> None:
     """Write a table for other programs and for papers.
 
-    A TABLE is what `analyze compute` wrote; a RUN is measured against final, as a whole and by
-    layer. CSV has every float in full, an empty field where it is NaN, and no units. NetCDF and
-    Zarr have a group for each stream; LaTeX has medians and quantiles of the parts of the verdict.
+    A TABLE is what `analyze compute` wrote, or what `pairs`, `pca` or `compare` wrote as Parquet; a
+    RUN is measured against final, as a whole and by layer. CSV has every float in full, an empty
+    field where it is NaN, and no units. NetCDF and Zarr have a group for each stream; LaTeX has the
+    numbers of the verdict, of groups of tensors too.
     """
     from analyze.export import export_inputs
     from analyze.plans import plan_inputs

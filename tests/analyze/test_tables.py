@@ -117,6 +117,7 @@ def test_streams_fill_the_columns_that_apply_to_them(tables: dict[str, pa.Table]
     of_weights = {"norm_dist", "norm_weight", "cosine_reference", "dist_radial", "dist_tangential"}
     of_weights |= {"path_length", "straightness"}
     of_null = {"cosine_null", "lolr_null", "own_share"}
+    of_update |= {"cosine_update_null", "lolr_update_null"}
     of_losses = {"loss_gap", "star_convexity", "aiming"}
     measured = {name for name in COLUMNS[8:-4] if not name.endswith("_adam")}
     for row in tables["model"].to_pylist():
