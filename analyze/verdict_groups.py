@@ -69,7 +69,7 @@ def summarise_groups(table: pa.Table, most: int | None = MOST_GROUPS) -> list[Gr
     entries = {entry["run"]: entry for entry in metadata["runs"]}
     sizes = sizes_of(metadata["runs"])
     rows = _without(table, sizes)
-    grouping = grouping_of(metadata["by"])
+    grouping = grouping_of(metadata.get("by", ""))
     branched = metadata.get("branched", {})
     found = []
     for run in rows["run"].unique().to_pylist():

@@ -41,7 +41,7 @@ COMMON = """
 HOVER = """
   const figure = document.querySelector("figure[id$='-rsi']");
   const svg = figure.querySelector("svg");
-  const line = JSON.parse(figure.querySelector("script").textContent).lines[0];
+  const line = JSON.parse(figure.querySelector("script").textContent).panels[0].lines[0];
   figure.scrollIntoView();
   const near = new DOMPoint(line.px[7] + 0.3, line.py[7] - 0.3);
   const at = near.matrixTransform(svg.getScreenCTM());
@@ -127,8 +127,8 @@ def data(document: str, name: str) -> str:
 def test_page_opens_in_a_browser_without_errors(opened: tuple[str, str]) -> None:
     document, complaints = opened
     assert complaints == ""
-    # Ten kinds of figure for the whole model, and one heat map of the tensors.
-    assert data(document, "drawn") == "11"
+    # Twelve kinds of figure for the whole model, and two heat maps of the tensors.
+    assert data(document, "drawn") == "14"
     assert data(document, "loaded") == "0"
     assert data(document, "wide") == "false"
 
@@ -141,7 +141,9 @@ def test_a_broken_page_is_noticed(page: Path, browse: Browse) -> None:
 
 def test_hover_shows_the_exact_value(opened: tuple[str, str], table: pa.Table) -> None:
     row = table.slice(7, 1).to_pylist()[0]
-    first, second = data(opened[0], "tip").split("\n")
+    first, second, third = data(opened[0], "tip").split("\n")
+    null = row["cosine_null"] ** 2 / row["lolr_null"]
+    assert third == f"null RSI⁰: {null:.6g}"
     assert first == f"step {row['step']} · epoch {row['epoch']:g}"
     assert second == f"RSI⁻ minibatch: {row['rsi']:.6g}".replace("-", "−")
     assert data(opened[0], "after") == "true"
@@ -153,7 +155,7 @@ def test_values_open_as_a_table_and_in_full_precision(
     head, _, text = data(opened[0], "csv").partition(",")
     assert head == "data:text/csv;charset=utf-8"
     lines = text.strip().split("\n")
-    assert lines[0] == "step,epoch,EB⁺ minibatch"
+    assert lines[0] == "step,epoch,EB⁺ minibatch,null EB⁰"
     assert data(opened[0], "rows") == "80"
     shown = [float(line.split(",")[2]) for line in lines[1:]]
     own = table.filter(pa.compute.field("stream") == "minibatch")
@@ -188,7 +190,8 @@ def test_a_recorded_run_is_readable_on_a_phone(recorded: Path, browse: Browse) -
     (page,) = write_report(inputs, recorded / "report.html")
     document, complaints = browse(page, HOVER, VERDICT, width=400)
     assert complaints == ""
-    assert data(document, "drawn") == "11"
+    # Twelve of the run; and two heat maps by layer of each stream.
+    assert data(document, "drawn") == "16"
     assert data(document, "wide") == "false"
     assert int(data(document, "width")) <= 500  # some builds of Chromium make no narrower window
     assert data(document, "seen").split(";")[:5] == ["part", "n (eff.)", "γ", "γ⁰", "γ/γ⁰"]
