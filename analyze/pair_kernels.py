@@ -53,7 +53,7 @@ _at: Any = _pointer
 
 @_compile
 def _load_rows(addresses, like, low, width, length, out):  # type: ignore[no-untyped-def]
-    """Copy `width` coordinates from `low` on to `out` ``[n, …]``; zeros on from there to `length`."""
+    """Copy `width` coordinates from `low` on to `out` ``[n, …]``; zeros beyond, to `length`."""
     skip = types.uint64(low * like.itemsize)
     for row in range(addresses.size):
         target = out[row]

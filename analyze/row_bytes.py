@@ -69,10 +69,11 @@ class RowBytes:
         self._source.close()
 
     def at(self, chunk: int, start: int, stop: int) -> tuple[Addresses, Addresses]:
-        """Where coordinates `start` to `stop` of a chunk begin: of weights ``[n]``, of g ``[B, n]``.
+        """Where coordinates `start` to `stop` of a chunk begin: weights ``[n]``, g ``[B, n]``.
 
-        They lie in one window, which is good until one of another is asked for. Whoever goes
-        through whole chunks in their order has verified every byte at the end of each.
+        They lie in one window, and are there until another window is asked for. Whoever goes
+        through whole chunks in their order has every byte verified at the end of each;
+        `DamagedError` where one is not as committed.
         """
         found = self._source.at(chunk, start, stop).reshape(1 + self.batches, self.num_rows)
         return found[0], found[1:]

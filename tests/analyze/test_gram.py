@@ -1,7 +1,5 @@
 """Products between rows beside dense float64 numpy written from the definitions."""
 
-import gc
-import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -12,70 +10,25 @@ import pytest
 from distributed import LocalCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from analyze import blas, chain, pair_blocks, row_bytes
-from analyze.gram import Gram, compute_gram, regroup
-from analyze.pair_blocks import choose_pairs, cut_pairs, cut_stretches, parse_lags
-from capture.store import DamagedError, UnknownNameError, UsageError, layout
-from tests.analyze.small_runs import flip, random_streams, write_run
-
-Values = NDArray[Any]
-
-SIZES = (60, 1, 0, 200, 39)
-# Not contiguous: the first and the fourth tensor are one group.
-GROUPS = np.array([0, 1, 1, 0, 2])
-STREAMS = random_streams(300, rows=9, batches=3)
-# Sums of 300 products of float64; what cancels does so in the dense sums as well.
-CLOSE: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
+from analyze import chain, pair_blocks, row_bytes
+from analyze.gram import compute_gram, regroup
+from capture.store import layout
+from tests.analyze.grams import CHUNK_BYTES, CLOSE, GROUPS, SIZES, STREAMS, dense, same_bytes
+from tests.analyze.small_runs import random_streams, write_run
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_chunks() -> Iterator[None]:
     """Cut small runs into several inner chunks, in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "TARGET_CHUNK_BYTES", 256)
+        patch.setattr(layout, "TARGET_CHUNK_BYTES", CHUNK_BYTES)
         yield
 
 
 @pytest.fixture(scope="module")
 def run(small_chunks: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("gram") / "run.zarr", SIZES, STREAMS)
-
-
-def dense(
-    streams: dict[str, Values], name: str, pairs: Values, sizes: tuple[int, ...], groups: Values
-) -> dict[str, Values]:
-    """Every sum of every pair, batch and group, one at a time: ``[N, B, K]``."""
-    group_of = np.repeat(groups, sizes)
-    w = streams["weights"].astype(np.float64)
-    g = streams[name].astype(np.float64)
-    g = g[:, None] if g.ndim == 2 else g
-    found: dict[str, list[list[list[float]]]] = {k: [] for k in ("dd", "gg", "gd", "dg", "hh")}
-    for i, j in pairs:
-        for sums in found.values():
-            sums.append([[] for _ in range(g.shape[1])])
-        for b in range(g.shape[1]):
-            for k in range(groups.max() + 1):
-                at = group_of == k
-                d, gi, gj = (w[i] - w[j])[at], g[i, b][at], g[j, b][at]
-                h = gi - gj
-                for key, value in {
-                    "dd": d @ d,
-                    "gg": gi @ gj,
-                    "gd": gi @ d,
-                    "dg": -(gj @ d),
-                    "hh": h @ h,
-                }.items():
-                    found[key][-1][b].append(value)
-    return {key: np.array(value) for key, value in found.items()}
-
-
-def same_bytes(left: Gram, right: Gram) -> bool:
-    crossed = [g.batch_sums for g in (left, right) if g.batch_sums is not None]
-    return all(
-        left.sums[name].tobytes() == right.sums[name].tobytes() for name in left.sums
-    ) and len({values.tobytes() for values in crossed}) in (0, 1)
 
 
 @pytest.mark.parametrize("lags", [None, [10, 30]], ids=["all", "lags"])
@@ -135,9 +88,6 @@ def test_any_tensors_rows_and_dtype(
         for name, values in gram.sums.items():
             np.testing.assert_allclose(values, expected[name], **CLOSE)
     assert len(gram.pairs) == (rows - 1) * (rows - 2) // 2
-
-
-# Independence of how the work is cut ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("lags", [None, [10, 30]])
@@ -231,234 +181,3 @@ def test_groups_add_up(run: Path) -> None:
     assert added.batch_sums is not None
     assert coarse.batch_sums is not None
     np.testing.assert_allclose(added.batch_sums, coarse.batch_sums, **CLOSE)
-
-
-# Accuracy -------------------------------------------------------------------------------------
-
-
-def late_streams(dtype: str, apart: float) -> dict[str, Values]:
-    """A long way, then iterates and gradients that differ by `apart` of their size."""
-    draw = np.random.default_rng(3).standard_normal
-    far, near = draw((3, 300)), draw(300)
-    close = near * (1 + apart * draw((4, 300)))
-    # At the end back to where it was before the last excursion, and to the very start.
-    path = np.concatenate([far, close, 5 * far[:1], close[:1] * (1 + apart), far[:1]])
-    return {"weights": path.astype(dtype), "fixed": path[:, None].astype(dtype)}
-
-
-@pytest.mark.parametrize("lags", [None, list(range(10, 100, 10))], ids=["all", "lags"])
-@pytest.mark.parametrize(("dtype", "apart"), [("F32", 1e-6), ("F64", 1e-6)])
-def test_late_iterates_that_are_close_keep_their_digits(
-    tmp_path: Path, dtype: str, apart: float, lags: list[int] | None
-) -> None:
-    streams = late_streams("f4" if dtype == "F32" else "f8", apart)
-    path = write_run(tmp_path / "run.zarr", (150, 150), streams, dtype=dtype)
-    gram = compute_gram(path, "fixed", np.zeros(2, np.int64), lags=lags)
-    expected = dense(streams, "fixed", gram.pairs, (150, 150), np.zeros(2, np.int64))
-    for name in ("dd", "hh"):
-        # Of the squares; the distances are twice as good.
-        np.testing.assert_allclose(gram.sums[name], expected[name], rtol=2e-9, atol=0)
-    # A product with a difference is as good as the two lengths allow.
-    scale = np.sqrt(expected["dd"] * (np.float64(streams["fixed"]) ** 2).sum(axis=2).max())
-    for name in ("gd", "dg"):
-        assert (np.abs(gram.sums[name] - expected[name]) <= 1e-9 * scale).all()
-    # The last row is the first one: no distance, not nearly none.
-    again = [pair == [0, 9] for pair in gram.pairs.tolist()]
-    assert gram.sums["dd"][again].tolist() == [[[0.0]]]
-
-
-# What is not finite ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("lags", [None, [10, 30]])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_nan_spoils_its_own_pairs_and_no_others(
-    tmp_path: Path, lags: list[int] | None, value: float
-) -> None:
-    streams = {name: STREAMS[name].copy() for name in ("weights", "fixed")}
-    streams["weights"][[3, 8], [10, 250]] = value
-    streams["fixed"][5, 1, 280] = value
-    path = write_run(tmp_path / "run.zarr", SIZES, streams)
-    gram = compute_gram(path, "fixed", np.arange(5), lags=lags)
-    clean = dense(STREAMS, "fixed", gram.pairs, SIZES, np.arange(5))
-    spoiled = {name: np.zeros(values.shape, bool) for name, values in clean.items()}
-    for n, (i, j) in enumerate(gram.pairs):
-        if 3 in (i, j):
-            for name in ("dd", "gd", "dg"):
-                spoiled[name][n, :, 0] = True
-        for name, rows in {"gg": (i, j), "hh": (i, j), "gd": (i,), "dg": (j,)}.items():
-            spoiled[name][n, 1, 4] |= 5 in rows
-    for name, values in gram.sums.items():
-        assert (np.isfinite(values) == ~spoiled[name]).all(), name
-        np.testing.assert_allclose(values[~spoiled[name]], clean[name][~spoiled[name]], **CLOSE)
-
-
-def test_a_row_that_is_not_finite_sends_no_pair_the_slow_way(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def never(*_: Any) -> None:
-        raise AssertionError
-
-    weights = STREAMS["weights"].copy()
-    weights[4, 70] = np.nan
-    path = write_run(tmp_path / "run.zarr", SIZES, {"weights": weights})
-    monkeypatch.setattr(chain, "direct_sums", never)
-    found = compute_gram(path, "weights", GROUPS).sums["dd"]
-    assert np.isnan(found).sum() == 8
-    clean = compute_gram(run, "weights", GROUPS).sums["dd"]
-    np.testing.assert_allclose(found[~np.isnan(found)], clean[~np.isnan(found)], **CLOSE)
-
-
-def test_rows_that_are_all_nan_give_no_number_and_no_warning(tmp_path: Path) -> None:
-    streams = {"weights": np.full((4, 30), np.nan, "f4")}
-    path = write_run(tmp_path / "run.zarr", (30,), streams)
-    assert np.isnan(compute_gram(path, "weights", np.zeros(1, np.int64)).sums["dd"]).all()
-
-
-def test_squares_beyond_float64_are_infinite_and_spoil_no_others(tmp_path: Path) -> None:
-    weights = np.ones((4, 30))
-    weights[1, 3] = 1e200
-    path = write_run(tmp_path / "run.zarr", (30,), {"weights": weights}, dtype="F64")
-    gram = compute_gram(path, "weights", np.zeros(1, np.int64))
-    found = dict(zip(map(tuple, gram.pairs.tolist()), gram.sums["dd"].ravel(), strict=True))
-    assert not any(np.isfinite(found[pair]) for pair in [(0, 1), (1, 2), (1, 3)])
-    assert [found[pair] for pair in [(0, 2), (0, 3), (2, 3)]] == [0, 0, 0]
-
-
-# Few rows, bad input --------------------------------------------------------------------------
-
-
-def test_one_row_has_no_pairs(tmp_path: Path) -> None:
-    streams = random_streams(30, rows=2, batches=2)
-    path = write_run(tmp_path / "run.zarr", (30,), streams)
-    gram = compute_gram(path, "fixed", np.zeros(1, np.int64))
-    assert gram.sums["dd"].shape == (0, 2, 1)
-    g = streams["fixed"][0].astype(np.float64)
-    np.testing.assert_allclose(gram.batch_sums[0, :, :, 0], g @ g.T, **CLOSE)  # type: ignore[index]
-
-
-def test_an_empty_stream_has_nothing(tmp_path: Path) -> None:
-    streams = {"weights": np.ones((2, 30), "f4"), "minibatch": np.empty((0, 30), "f4")}
-    path = write_run(tmp_path / "run.zarr", (30,), streams)
-    assert compute_gram(path, "minibatch", np.zeros(1, np.int64)).sums["gg"].shape == (0, 1, 1)
-
-
-@pytest.mark.parametrize("lags", [None, [10]])
-@pytest.mark.parametrize(
-    ("shard", "position"),
-    [
-        ("weights/value/c/1/0", 900),
-        ("gradients/fixed/value/c/7/2/0", 900),
-        ("gradients/fixed/value/c/0/0/0", 12),
-        ("gradients/fixed/value/c/0/0/0", -1),
-    ],
-)
-def test_one_flipped_bit_gives_an_error_and_no_number(
-    run: Path, tmp_path: Path, shard: str, position: int, lags: list[int] | None
-) -> None:
-    copy = shutil.copytree(run, tmp_path / "copy.zarr")
-    flip(copy / shard, position)
-    with pytest.raises(DamagedError, match=shard):
-        compute_gram(copy, "fixed", GROUPS, lags=lags)
-
-
-def test_a_gradient_without_weights_of_its_step_is_refused(tmp_path: Path) -> None:
-    streams = {"weights": STREAMS["weights"][:2], "minibatch": STREAMS["minibatch"][:3]}
-    path = write_run(tmp_path / "run.zarr", SIZES, streams)
-    with pytest.raises(DamagedError, match=r"row 2 \(step 20\) of 'minibatch' has no weights"):
-        compute_gram(path, "minibatch", GROUPS)
-
-
-def test_an_unknown_stream_is_refused_by_name(run: Path) -> None:
-    with pytest.raises(UnknownNameError, match="no stream 'heldout'"):
-        compute_gram(run, "heldout", GROUPS)
-
-
-@pytest.mark.parametrize("lags", [[0], [-10], []])
-def test_a_lag_is_a_positive_number(run: Path, lags: list[int]) -> None:
-    with pytest.raises(UsageError, match="no lag"):
-        compute_gram(run, "minibatch", GROUPS, lags=lags)
-
-
-# Pairs and blocks -----------------------------------------------------------------------------
-
-
-@given(
-    steps=st.lists(st.integers(0, 60), unique=True, max_size=20).map(sorted),
-    lags=st.none() | st.lists(st.integers(1, 30), min_size=1, max_size=4),
-    most=st.integers(2, 9),
-    batches=st.sampled_from([None, 2]),
-)
-def test_every_pair_is_in_one_block_and_every_row_owned_once(
-    steps: list[int], lags: list[int] | None, most: int, batches: int | None
-) -> None:
-    at = np.array(steps, np.int64)
-    pairs = choose_pairs(at, lags)
-    wanted = [
-        [i, j]
-        for i in range(len(steps))
-        for j in range(i + 1, len(steps))
-        if lags is None or steps[j] - steps[i] in lags
-    ]
-    assert pairs.tolist() == wanted
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pair_blocks, "MOST_ROWS", most)
-        blocks = list(cut_pairs(pairs, len(steps), batches, [range(3)], dense=lags is None))
-    place = np.concatenate([block.place for block in blocks] or [[]]).astype(int)
-    assert sorted(place) == list(range(len(pairs)))
-    owned = np.concatenate([block.rows[block.own] for block in blocks] or [[]])
-    assert sorted(owned) == ([] if batches is None else list(range(len(steps))))
-    for block in blocks:
-        assert block.rows[block.pairs].tolist() == pairs[block.place].tolist()
-        assert (np.diff(block.own) == 1).all()
-        band = 1 + max((sum(1 for p in wanted if p[0] == i) for i in range(len(steps))), default=0)
-        assert len(block.rows) <= (most if lags is None else max(most, band))
-
-
-@given(
-    chunks=st.lists(st.sets(st.integers(0, 5), min_size=1), min_size=1, max_size=200),
-    size=st.integers(1, 2**29),
-)
-def test_stretches_cover_the_chunks_within_the_memory(chunks: list[set[int]], size: int) -> None:
-    stretches = cut_stretches(chunks, size)
-    assert [chunk for part in stretches for chunk in part] == list(range(len(chunks)))
-    held = sum(len(set().union(*(chunks[c] for c in part))) for part in stretches) * size
-    assert len(stretches) == 1 or held <= pair_blocks._PARTIAL_BYTES
-
-
-def test_lags_as_typed() -> None:
-    assert parse_lags("1, 2,50") == [1, 2, 50]
-    assert (parse_lags("all"), parse_lags(None)) == ("all", None)
-    for text in ("", "1,,2", "0", "-1", "1.5", "every", "²"):
-        with pytest.raises(UsageError, match="no lag"):
-            parse_lags(text)
-
-
-# BLAS -----------------------------------------------------------------------------------------
-
-
-def threads() -> list[int]:
-    return [library.num_threads for library in blas._libraries().lib_controllers]
-
-
-def test_blas_is_on_one_thread_until_the_last_has_left() -> None:
-    for library in blas._libraries().lib_controllers:
-        library.set_num_threads(2)
-    before = threads()
-    assert before
-    first, second = blas.single_threaded(), blas.single_threaded()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert set(threads()) == {1}
-    second.__exit__(None, None, None)
-    assert threads() == before
-
-
-def test_files_are_closed_after_a_call(run: Path) -> None:
-    def mapped() -> int:
-        gc.collect()
-        return Path("/proc/self/maps").read_text().count(str(run))
-
-    compute_gram(run, "fixed", GROUPS)
-    assert mapped() == 0

@@ -1,6 +1,5 @@
 """Quantities on pairs of steps and the noise of batches, beside dense float64 numpy."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,19 @@ import pytest
 from numpy.linalg import norm
 from numpy.typing import NDArray
 
-from analyze.noise import batch_noise
 from analyze.pair_summary import pair_summary
-from analyze.pair_table import noise_schema, pair_schema
-from analyze.pairs import PAIR_QUANTITIES, SUMS
-from analyze.pairs_of_run import MOST_ROWS_BY_DEFAULT, measure_pairs
+from analyze.pairs import PAIR_QUANTITIES
+from analyze.pairs_of_run import measure_pairs
 from analyze.tables import measure_run
-from capture.store import InputError, UnfinishedError, UnknownNameError, UsageError
 from tests.analyze.dense import GROUPS
 from tests.analyze.recorded import OPTIMIZER, TABLE, random_run, read_rows, write_run
 
 Values = NDArray[Any]
 
-COLUMNS = [
-    *("run", "stream", "step", "step_to", "lag", "batch", "group", "reference", "num_parameters"),
-    *("dist", "cosine_dist", "dot_weights", "cosine_weights", "angle_weights_deg"),
-    *("dot_grad", "cosine_grad", "sim", "gamma", "gamma_null", "gamma_back", "smoothness"),
-    *("dot_step", "cosine_step"),
-]
+KEYS = (
+    *("run", "stream", "step", "step_to", "lag", "batch", "group", "reference"),
+    "num_parameters",
+)
 # Of cosines: sums of 25 products of numbers near 1, put together from a few terms.
 CLOSE: dict[str, Any] = {"rel": 1e-10, "abs": 1e-12}
 
@@ -146,8 +140,8 @@ def test_lags_choose_rows_of_the_same_table(run: Path) -> None:
     expected = [row for row in everything if row["lag"] in (1, 4)]
     assert len(chosen) == len(expected) == (5 + 2 + 5 + 2 + 3 * (6 + 3)) * 2
     for row, other in zip(chosen, expected, strict=True):
-        assert [row[name] for name in COLUMNS[:9]] == [other[name] for name in COLUMNS[:9]]
-        numbers = {name: other[name] for name in COLUMNS[9:]}
+        assert [row[name] for name in KEYS] == [other[name] for name in KEYS]
+        numbers = {name: other[name] for name in [q.name for q in PAIR_QUANTITIES]}
         assert {name: row[name] for name in numbers} == pytest.approx(numbers, nan_ok=True, **CLOSE)
 
 
@@ -164,9 +158,6 @@ def test_scaling_a_gradient_scales_products_and_no_cosine(tmp_path: Path) -> Non
         else:
             scaled = np.array(values) * factors.get(name, 1)
             np.testing.assert_allclose(right[name], scaled, rtol=1e-12, atol=1e-12)
-
-
-# Closed forms ---------------------------------------------------------------------------------
 
 
 def test_gradient_descent_on_a_quadratic_has_its_closed_form(tmp_path: Path) -> None:
@@ -249,174 +240,3 @@ def test_a_stream_without_rows_stands_beside_others(tmp_path: Path) -> None:
     tables = measure_pairs(str(path), streams=["minibatch", "weights"])["model"]
     assert tables.pairs["stream"].unique().to_pylist() == ["weights"]
     assert "minibatch: no two rows" in pair_summary(tables)
-
-
-# Noise ----------------------------------------------------------------------------------------
-
-
-def test_noise_of_batches_is_that_of_the_definitions(run: Path) -> None:
-    noise = measure_pairs(str(run), by=["model", "layer"])["layer"].noise
-    g = read_rows(run)["fixed"]
-    assert noise.num_rows == 7 * 3
-    for row in noise.to_pylist():
-        own = g[row["step"]][:, GROUPS["layer"][row["group"]]]
-        different = [own[a] @ own[b] for a in range(3) for b in range(3) if a != b]
-        squares = [batch @ batch for batch in own]
-        variance = np.mean(squares) - np.mean(different)
-        expected = {
-            "noise_corrected": np.mean(different),
-            "square_of_mean": norm(own.mean(axis=0)) ** 2,
-            "mean_of_squares": np.mean(squares),
-            "norm_grad_min": norm(own, axis=1).min(),
-            "norm_grad_max": norm(own, axis=1).max(),
-            # The unbiased variance of the batches, summed over the coordinates.
-            "noise_variance": own.var(axis=0, ddof=1).sum(),
-            "noise_scale": variance / np.mean(different) if np.mean(different) > 0 else math.nan,
-        }
-        assert {name: row[name] for name in expected} == pytest.approx(
-            expected, nan_ok=True, **CLOSE
-        )
-        assert (row["stream"], row["batches"]) == ("fixed", 3)
-
-
-def test_the_corrected_norm_is_unbiased_and_the_plain_one_is_not() -> None:
-    """1,000 steps of 5 batches around a gradient of norm 1, with noise of variance 40."""
-    rng = np.random.default_rng(7)
-    true = np.full(10, np.sqrt(0.1))
-    g = true + 2 * rng.standard_normal((1000, 5, 10))
-    found = batch_noise((g @ g.swapaxes(1, 2))[..., None])
-    corrected = found["noise_corrected"][:, 0]
-    error = corrected.std() / np.sqrt(1000)
-    assert abs(corrected.mean() - 1) < 4 * error < 1
-    assert (corrected < 0).any()
-    assert found["square_of_mean"].mean() == pytest.approx(1 + 40 / 5, rel=0.1)
-    assert found["noise_variance"].mean() == pytest.approx(40, rel=0.05)
-
-
-def test_one_batch_has_no_products_of_different_ones() -> None:
-    found = batch_noise(np.full((2, 1, 1, 1), 4.0))
-    assert np.isnan([found["noise_corrected"], found["noise_scale"]]).all()
-    assert found["norm_grad_min"].tolist() == [[2.0], [2.0]]
-
-
-def test_one_nan_batch_leaves_no_noise_of_its_step_alone(tmp_path: Path) -> None:
-    streams = {"weights": np.ones((3, 25), "f4"), "fixed": np.ones((3, 2, 25), "f4")}
-    streams["fixed"][1, 0, 3] = np.nan
-    path = write_run(tmp_path / "run.zarr", streams)
-    corrected = measure_pairs(str(path))["model"].noise["noise_corrected"].to_pylist()
-    assert [math.isnan(value) for value in corrected] == [False, True, False]
-
-
-# Tables ---------------------------------------------------------------------------------------
-
-
-def test_columns_have_units_and_formulas(run: Path) -> None:
-    tables = measure_pairs(str(run))["model"]
-    assert tables.pairs.column_names == COLUMNS
-    assert tables.pairs.schema.equals(pair_schema(), check_metadata=False)
-    assert tables.noise.schema.equals(noise_schema(), check_metadata=False)
-    for field in (*pair_schema(), *noise_schema()):
-        assert set(field.metadata) == {b"unit", b"formula"}
-        assert field.metadata[b"formula"]
-    facts = json.loads(tables.pairs.schema.metadata[b"straightway"])
-    assert facts["runs"][0]["pairs"] == {"fixed": 21, "minibatch": 15, "updates": 15}
-    assert facts["nan"]["dist"] == 0
-    # At w_T e is 0: the last row of `fixed`, in pairs with six others, three batches each.
-    assert facts["nan"]["sim"] == facts["nan"]["cosine_dist"] == 18
-
-
-def test_every_quantity_needs_sums_that_are_explained() -> None:
-    assert {name for quantity in PAIR_QUANTITIES for name in quantity.needs} <= set(SUMS)
-    assert len({quantity.name for quantity in PAIR_QUANTITIES}) == len(PAIR_QUANTITIES)
-
-
-def test_groupings_at_once_are_what_they_are_alone(run: Path) -> None:
-    together = measure_pairs(str(run), by=["model", "tensor"])
-    for by, tables in together.items():
-        alone = measure_pairs(str(run), by=[by])[by].pairs
-        for name in COLUMNS[9:]:
-            np.testing.assert_allclose(tables.pairs[name], alone[name], rtol=1e-10, atol=1e-12)
-
-
-def test_nan_spoils_its_own_pairs_and_no_others(tmp_path: Path) -> None:
-    draw = np.random.default_rng(8).standard_normal
-    streams = {"weights": draw((6, 25)).astype("f4"), "fixed": draw((5, 2, 25)).astype("f4")}
-    streams["weights"][1, 2] = np.nan
-    streams["fixed"][3, 1, 7] = np.nan
-    path = write_run(tmp_path / "run.zarr", streams)
-    for row in measure(path, by=["tensor"], references=["step:4"]).to_pylist():
-        pair, first = (row["step"], row["step_to"]), row["group"] == "body.0.weight"
-        weights, gradient = first and 1 in pair, first and 3 in pair and row["batch"] == 1
-        assert math.isnan(row["dist"]) == weights
-        assert math.isnan(row["cosine_grad"]) == gradient
-        assert math.isnan(row["gamma"]) == (
-            weights or (first and row["step"] == 3 and row["batch"] == 1)
-        )
-        assert math.isnan(row["smoothness"]) == (weights or gradient)
-
-
-# What a user can do wrong ---------------------------------------------------------------------
-
-
-def test_an_unfinished_run_has_no_final_iterate(tmp_path: Path) -> None:
-    path = random_run(tmp_path / "run.zarr", complete=False)
-    with pytest.raises(UnfinishedError, match="has not finished"):
-        measure(path)
-    assert measure(path, references=["step:0"]).num_rows == 15 + 15 + 63
-
-
-def test_many_rows_are_asked_for(tmp_path: Path) -> None:
-    rows = MOST_ROWS_BY_DEFAULT + 1
-    path = write_run(tmp_path / "run.zarr", {"weights": np.zeros((rows, 25), "f4")})
-    with pytest.raises(UsageError, match=r"201 rows of 'weights' make 20,100 pairs") as caught:
-        measure(path)
-    assert "--lags 1,2,4,8,16,32" in str(caught.value)
-    assert measure(path, lags=[200]).num_rows == 1
-    assert measure(path, lags="all").num_rows == 20_100
-
-
-def test_a_table_beyond_memory_is_refused_before_anything_is_measured(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("analyze.pairs_of_run._MOST_TABLE_ROWS", 90)
-    with pytest.raises(UsageError, match="the table would have 93 rows, more than 90"):
-        measure(run)
-    assert measure(run, lags=[1]).num_rows == 28
-
-
-def test_lags_that_no_rows_have_are_refused(run: Path) -> None:
-    with pytest.raises(InputError, match="are 50 or 70 updates apart") as caught:
-        measure(run, lags=[70, 50])
-    assert "1,2,4 updates apart are some" in str(caught.value)
-
-
-def test_one_row_makes_no_pair(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "run.zarr", {"weights": np.ones((1, 25), "f4")})
-    with pytest.raises(InputError, match="no two rows to compare in 'weights'"):
-        measure(path)
-
-
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ({"references": ["finale"]}, UsageError),
-        ({"references": ["step:99"]}, UnknownNameError),
-        ({"streams": ["heldout"]}, UnknownNameError),
-        ({"lags": [0]}, UsageError),
-        ({"workers": 0}, UsageError),
-    ],
-)
-def test_nonsense_is_refused(run: Path, options: dict[str, Any], error: type[Exception]) -> None:
-    with pytest.raises(error):
-        measure(run, **options)
-
-
-def test_the_summary_tells_medians_by_lag(run: Path) -> None:
-    tables = measure_pairs(str(run), lags=[1, 6])["model"]
-    text = pair_summary(tables)
-    dist = np.median([r["dist"] for r in tables.pairs.to_pylist() if r["lag"] == 6])
-    (line,) = [line.split() for line in text.splitlines() if line.split()[:2] == ["6", "3"]]
-    assert line[2] == f"{dist:.3g}"
-    assert "minibatch, updates" not in text
-    assert "γ⁰: exact for SGD with momentum" in text
-    assert max(map(len, text.splitlines())) <= 110
