@@ -93,8 +93,9 @@ def project(
         blocks = [
             b for name in names for b in cut(session.run.stream(name), threads, rows_per_block)
         ]
+        allowed = most_open(threads)
         total = sum(reference.bytes_once for reference in session.references)
-        total += sum(_bytes_of(session, threads, block) for block in blocks)
+        total += sum(_bytes_of(session, allowed, block) for block in blocks)
         sample, rate = _measure_rate(plan, session, blocks)
     finally:
         drop(plan)
@@ -111,11 +112,14 @@ def project(
     )
 
 
-def _bytes_of(session: Session, threads: int, block: Block) -> int:
-    """Bytes of one block, from the committed sizes; what is beside the chunks goes with chunk 0."""
+def _bytes_of(session: Session, allowed: int, block: Block) -> int:
+    """Bytes of one block, of which `allowed` shards may be open at a time.
+
+    From the committed sizes; what is in a file beside the chunks goes with chunk 0.
+    """
     stream, grid = session.run.stream(block.stream), session.weights.grid
     inside, batches = len(block.chunks) * grid.chunk_bytes, stream.batches or 1
-    parts = list(pieces(block.rows, batches, most_open(threads)))
+    parts = list(pieces(block.rows, batches, allowed))
     rest = grid.num_chunks * grid.chunk_bytes * (block.chunks.start == 0)
     rows, own = len(block.rows), slice(block.rows.start * batches, block.rows.stop * batches)
     total = rows * batches * (inside - rest) + int(stream.commits.sizes[own].sum()) * bool(rest)
@@ -171,5 +175,5 @@ def _measure_rate(plan: Plan, session: Session, blocks: Sequence[Block]) -> tupl
     start = time.perf_counter()
     measure_block(plan, block)
     taken = time.perf_counter() - start
-    sample = _bytes_of(session, plan.threads, block)
+    sample = _bytes_of(session, most_open(plan.threads), block)
     return sample, sample / taken
