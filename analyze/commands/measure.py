@@ -94,7 +94,7 @@ def compute(
     from analyze.groups import name_of
     from analyze.tables import concatenate, measure_run, write_table
     from analyze.verdict import counted
-    from analyze.verdict_text import verdict
+    from analyze.verdict_text import group_verdict, verdict
 
     place = cache_place(cache, no_cache)
     options: dict[str, Any] = {
@@ -129,7 +129,9 @@ def compute(
         measured.append(tables)
     table = concatenate([tables[name_of(chosen)] for tables in measured])
     write_table(table, out)
-    show(verdict(concatenate([each for tables in measured for each in tables.values()])))
+    show(verdict(concatenate([tables["model"] for tables in measured])))
+    if chosen != "model":
+        show(f"\n{group_verdict(out)}")
     click.echo(f"{counted(table.num_rows)} in {out}; next:", err=True)
     page = shlex.quote(f"{out.removesuffix('.parquet')}.html")
     click.echo(f"  analyze report {shlex.quote(out)} --out {page}", err=True)
