@@ -192,7 +192,7 @@ def add_epoch_axis(axes: Axes, each: float) -> None:
     epochs.xaxis.set_major_locator(FixedLocator([tick * each for tick in inside]))
     epochs.xaxis.set_minor_locator(NullLocator())
     epochs.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number_label(value / each, 4)))
-    epochs.spines["bottom"].set_position(("outward", 24))
+    epochs.spines["bottom"].set_position(("outward", 31))
     epochs.spines["bottom"].set_visible(True)
     epochs.xaxis.set_ticks_position("bottom")
     epochs.xaxis.set_label_position("bottom")

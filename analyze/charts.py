@@ -96,6 +96,7 @@ class Chart:
         _draw_lines(panels[0], self)
         found = [Panel(panels[0], [_trace(line) for line in self.lines], self.places)]
         if self.epochs is not None and self.epochs.each is not None:
+            figure.set_figheight(figure.get_figheight() + 0.4)
             add_epoch_axis(panels[0], self.epochs.each)
         if both and self.epochs is not None:
             _draw_lines(panels[1], self, self.epochs)

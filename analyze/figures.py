@@ -108,11 +108,10 @@ def epochs_of(
 ) -> tuple[Epochs | None, str]:
     """How curves of several runs are shown at equal epochs too, and a sentence about it."""
     clocks = {curve.run: Clock(curve.steps, curve.epochs, 0) for curve in _fullest(curves)}
-    known = {run for run, clock in clocks.items() if np.isfinite(clock.epochs).all()}
+    known = [run for run, clock in clocks.items() if np.isfinite(clock.epochs).all()]
     if not known:
         return None, "At equal steps only: the runs do not tell their epochs."
-    rates = {rate for run in known for rate in (_updates_in_epoch(clocks[run]),)}
-    (each, *others) = rates
+    each, *others = distinct(_updates_in_epoch(clocks[run]) for run in known)
     if each is not None and not others and len(known) == len(clocks):
         return Epochs(each), "Equal steps are equal epochs of these runs."
     said = "One panel at equal steps, one at equal epochs."

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
-import pyarrow as pa
 
 import capture
-from analyze.curves import distinct
 from analyze.drawing import Picture, draw_inline
 from analyze.figures import END_EFFECT
 from analyze.inputs import Measured
@@ -40,7 +38,6 @@ class Summary:
     heading: list[str]
     head: Sequence[Cell] = ()
     streams: dict[str, list[Sequence[Cell]]] = field(default_factory=dict)
-    groups: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -53,6 +50,9 @@ def render(names: Sequence[str], measured: Measured | None, sections: Sequence[S
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
+    groups: dict[tuple[str, str] | None, list[GroupVerdict]] = {}
+    for each in [] if measured is None else summarise_groups(measured.table):
+        groups.setdefault((each.run, each.reference), []).append(each)
     shown = [
         {
             "id": section.slug,
@@ -62,17 +62,17 @@ def render(names: Sequence[str], measured: Measured | None, sections: Sequence[S
             "notes": section.notes,
             "rate": section.rate,
             "tables": section.tables,
+            "groups": [_by_groups(each) for each in groups.get(section.subject, [])],
             "figures": [_inline(section, figure) for figure in section.figures],
         }
         for section in sections
     ]
-    verdict = [] if measured is None else build_verdict(measured.table)
-    reading = [NOTE] if any(block.head for block in verdict) else []
-    reading += [GROUP_NOTE] if any(block.groups for block in verdict) else []
+    verdict = [] if measured is None else [summary(each) for each in summarise(measured.table)]
     return environment.get_template("report.html.j2").render(
         names=names,
         verdict=verdict,
-        reading=[minus(note) for note in reading],
+        reading=minus(NOTE),
+        about_groups=minus(GROUP_NOTE),
         sign=minus(SIGN),
         end_effect=END_EFFECT,
         sections=shown,
@@ -80,40 +80,19 @@ def render(names: Sequence[str], measured: Measured | None, sections: Sequence[S
     )
 
 
-def build_verdict(table: pa.Table) -> list[Summary]:
-    """Lay out the verdict of a table: the whole models first, with their groups below each."""
-    groups = summarise_groups(table)
-    found = [_summary(each, groups) for each in summarise(table)]
-    told = {(each.heading[0], each.heading[1]) for each in found}
-    alone = [each for each in groups if (each.run, _against(each)) not in told]
-    for run, against in distinct((each.run, _against(each)) for each in alone):
-        own = [each for each in alone if (each.run, _against(each)) == (run, against)]
-        found.append(Summary([run, against], groups=[_by_groups(each) for each in own]))
-    return found
-
-
-def _summary(found: Verdict, groups: Sequence[GroupVerdict]) -> Summary:
+def summary(found: Verdict) -> Summary:
+    """Lay out the verdict of one run and reference."""
     streams: dict[str, list[Sequence[Cell]]] = {}
     for part in found.parts:
         stream, *row = cells(part)
         streams.setdefault(stream[0], []).append(row)
-    own = [each for each in groups if (each.run, each.reference) == _key(found)]
     said = [] if found.streams else ["no gradients or updates: see norm_dist in the table"]
     return Summary(
         heading=heading(found),
         head=[(minus(title), band) for title, band in HEAD[1:]] if found.streams else (),
         streams=streams,
-        groups=[_by_groups(each) for each in own],
         notes=[minus(note) for note in (*said, *notes(found))],
     )
-
-
-def _key(found: Verdict) -> tuple[str, str]:
-    return str(found.entry["run"]), found.reference
-
-
-def _against(found: GroupVerdict) -> str:
-    return f"w* = {found.reference}"
 
 
 def _by_groups(found: GroupVerdict) -> dict[str, Any]:
@@ -124,7 +103,7 @@ def _by_groups(found: GroupVerdict) -> dict[str, Any]:
         "above": titles,
         "below": below,
         "rows": list(group_cells(found)),
-        "notes": list(group_notes(found)),
+        "notes": [minus(note) for note in group_notes(found)],
     }
 
 

@@ -84,6 +84,13 @@ _BY_LAG = (
         slope=0.5,
     ),
     _Kind(
+        "angle",
+        "Angle between weights",
+        "degrees",
+        "The angle between the weights of two steps, seen from the origin.",
+        (("angle_weights_deg", "angle", "-"),),
+    ),
+    _Kind(
         "smoothness",
         "Local smoothness",
         "‖g_t − g_s‖ / ‖w_t − w_s‖",
@@ -194,6 +201,8 @@ def _matrix(rows: pa.Table, stream: str) -> StepMatrix | None:
 def _lag_lines(rows: pa.Table, kind: _Kind, group: str, index: int) -> Iterator[Line]:
     lags = rows["lag"].to_numpy()
     for number, (column, symbol, dash) in enumerate(kind.columns):
+        if column not in rows.column_names:
+            continue
         values = rows[column].to_numpy()
         if not np.isfinite(values).any():
             continue

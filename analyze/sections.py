@@ -32,7 +32,10 @@ class PageTable:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: a run against a reference, or several runs beside each other."""
+    """A part of the report: a run against a reference, or several runs beside each other.
+
+    `subject` is the run and the reference where it is of one of each.
+    """
 
     slug: str
     heading: str
@@ -42,6 +45,7 @@ class Section:
     notes: list[str]
     rate: str | None = None
     tables: Sequence[PageTable] = ()
+    subject: tuple[str, str] | None = None
 
 
 def build_sections(measured: Measured, used: set[str]) -> list[Section]:
@@ -86,6 +90,7 @@ def _section(
         warnings=_warnings(entry, rows),
         notes=_notes(curves, measured.nulls.get(f"{run}|{reference}")),
         rate=conditional_rate(curves, end),
+        subject=(run, reference),
     )
 
 

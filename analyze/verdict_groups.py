@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from analyze.derived import SOURCES
 from analyze.groups import GROUPINGS
 from analyze.quantities import Values
 from analyze.rows import select_rows, sizes_of, whole_model
@@ -21,6 +24,9 @@ from capture.store.layout import ITERATES
 
 # More groups than these are for the table, not for the eye; the largest are shown.
 MOST_GROUPS = 24
+
+# What of the rows is read here.
+_COLUMNS = ("run", "stream", "step", "group", "reference", "num_parameters", *SOURCES)
 
 Triple = tuple[float, float, float]
 
@@ -82,6 +88,20 @@ def summarise_groups(table: pa.Table, most: int | None = MOST_GROUPS) -> list[Gr
                     shown, more = _rows(of_stream, stream, entries[run], reference, start, most)
                     found.append(GroupVerdict(run, reference, stream, grouping, shown, more))
     return found
+
+
+def read_groups(path: str | PathLike[str]) -> list[GroupVerdict]:
+    """Compute the verdict of the groups in a file of `analyze compute`, run by run.
+
+    Stream by stream and only the columns that it takes: the whole table may be large.
+    """
+    streams = pq.read_table(path, columns=["stream"])["stream"].unique().to_pylist()
+    found = []
+    for stream in streams:
+        rows = pq.read_table(path, columns=[*_COLUMNS], filters=[("stream", "==", stream)])
+        found += summarise_groups(rows)
+    order = list(dict.fromkeys((each.run, each.reference) for each in found))
+    return sorted(found, key=lambda each: order.index((each.run, each.reference)))
 
 
 def grouping_of(by: str) -> str:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from os import PathLike
 
 import pyarrow as pa
 
 from analyze.quantities import SIGN
 from analyze.text_table import NONE, aligned, bounds, number, wrapped
 from analyze.verdict import END_SHARE, PARTS, Part, Verdict, counted, summarise
-from analyze.verdict_groups import GroupVerdict, summarise_groups
+from analyze.verdict_groups import GroupVerdict, read_groups, summarise_groups
 
 # A number, and the bounds that may follow it.
 Cell = tuple[str, str]
@@ -51,6 +52,12 @@ def verdict(table: pa.Table) -> str:
     closing = [SIGN, *([NOTE] if told else []), *([GROUP_NOTE] if groups else [])]
     if told or groups:
         blocks.append("\n".join(map(_lines, closing)))
+    return "\n\n".join(blocks)
+
+
+def group_verdict(path: str | PathLike[str]) -> str:
+    """Summarise the groups of tensors in a file of `analyze compute`; several lines of text."""
+    blocks = [*map(_group_text, read_groups(path)), _lines(GROUP_NOTE)]
     return "\n\n".join(blocks)
 
 

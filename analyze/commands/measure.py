@@ -73,7 +73,7 @@ def compute(
     from analyze.repeats import without_repeats
     from analyze.tables import concatenate, write_table
     from analyze.verdict import counted
-    from analyze.verdict_text import verdict
+    from analyze.verdict_text import group_verdict, verdict
 
     question = {"streams": streams, **running.arguments}
     if out is None:
@@ -82,9 +82,11 @@ def compute(
     question |= {"by": with_model(grouping), "weight_decay": weight_decay}
     measured = [_measure(run, references, question) for run in without_repeats(runs)]
     table = concatenate([tables[name_of(grouping)] for tables in measured])
-    text = verdict(concatenate([each for tables in measured for each in tables.values()]))
+    text = verdict(concatenate([tables["model"] for tables in measured]))
     write_table(table, out)
     show(text)
+    if grouping != "model":
+        show(f"\n{group_verdict(out)}")
     click.echo(f"{counted(table.num_rows)} in {out}; next:", err=True)
     page = shlex.quote(f"{out.removesuffix('.parquet')}.html")
     click.echo(f"  analyze report {shlex.quote(out)} --out {page}", err=True)

@@ -82,7 +82,8 @@ def compare(
     """Compare groups of runs, with intervals.
 
     A TABLE is what `analyze compute` wrote; a RUN is measured against final. Runs of one group
-    should differ in their seeds only; what else differs is said. The table has one row per number.
+    should differ in their seeds only; what else differs is said. The table has one row per number;
+    as Parquet, `analyze report` draws it.
     """
     from analyze.compare import compare_runs
     from analyze.comparison import check_format, write_comparison

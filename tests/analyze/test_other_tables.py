@@ -4,13 +4,13 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import xarray as xr
 import zarr
+from pyarrow import csv
 
 from analyze.compare import compare_runs
 from analyze.comparison import read_comparison, write_comparison
@@ -231,12 +231,12 @@ def test_every_kind_is_written_in_every_format(folder: Path, tmp_path: Path, kin
     table = pq.read_table(place(folder, kind))
     for suffix in (".csv", ".parquet", ".nc", ".zarr"):
         export_inputs([place(folder, kind)], tmp_path / f"out{suffix}")
-    assert pq.read_table(tmp_path / "out.parquet").equals(table, check_metadata=True)
-    read = pd.read_csv(tmp_path / "out.csv", float_precision="round_trip")
-    assert list(read) == table.column_names
+    assert (tmp_path / "out.parquet").read_bytes() == Path(place(folder, kind)).read_bytes()
+    read = csv.read_csv(tmp_path / "out.csv")
+    assert read.column_names == table.column_names
     number = next(f.name for f in table.schema if str(f.type) == "double" and f.name != "start")
     expected = table[number].to_numpy()
-    np.testing.assert_array_equal(read[number].to_numpy(), expected)
+    np.testing.assert_array_equal(read[number].cast("float64").to_numpy(), expected)
     streams = list(xr.open_datatree(tmp_path / "out.nc", engine="h5netcdf").children)
     parts = []
     for stream in streams:

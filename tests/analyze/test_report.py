@@ -12,9 +12,11 @@ import pytest
 from analyze.curves import read_columns, read_curves
 from analyze.drawing import Drawing
 from analyze.facts import conditional_rate, run_facts
-from analyze.page import build_verdict
+from analyze.page import summary
 from analyze.report import write_report
-from analyze.tables import METADATA_KEY, concatenate
+from analyze.tables import METADATA_KEY, read_table
+from analyze.verdict import summarise
+from analyze.verdict_groups import summarise_groups
 from analyze.verdict_text import verdict
 from capture.store.errors import InputError, UsageError, WriteError
 from tests.analyze.simulation import simulate
@@ -270,7 +272,7 @@ def test_facts_fill_the_gaps_of_a_configuration() -> None:
 def test_the_verdict_on_the_page_has_every_number_of_its_text() -> None:
     """Both are laid out from the same numbers; two spaces part the cells of the text."""
     table = simulate(streams=("minibatch", "updates"))
-    (block,) = build_verdict(table)
+    (block,) = map(summary, summarise(table))
     assert [value for value, _ in block.head] == [
         *("part", "n (eff.)", "γ", "γ⁰", "γ/γ⁰", "η*/aₜ", "γ < 0"),
     ]
@@ -281,14 +283,17 @@ def test_the_verdict_on_the_page_has_every_number_of_its_text() -> None:
         assert [[" ".join(cell).strip() for cell in row] for row in rows] == told
 
 
-def test_the_page_shows_groups_below_their_model_and_alone() -> None:
-    parts = simulate(by_tensor=True)
-    both = concatenate([simulate(), parts])
-    (block,) = build_verdict(both)
-    assert [group["title"] for group in block.groups] == ["minibatch, by tensor"]
-    (alone,) = build_verdict(parts)
-    assert alone.groups == block.groups
-    assert not alone.head
+def test_groups_stand_in_the_section_of_their_run(tables: list[str], tmp_path: Path) -> None:
+    for inputs, alone in ((tables, False), (tables[1:], True)):
+        text = write_report(inputs, tmp_path / "page.html")[0].read_text()
+        assert ('id="verdict"' in text) is not alone
+        section = text.partition("<section ")[2]
+        assert section.count("minibatch, by tensor</th>") == 1
+        (found,) = summarise_groups(read_table(tables[1]))
+        for row in found.rows:
+            numbers = [*row.cosine, *row.ratio, *row.rate_ratio]
+            cells = "".join(f"<td>{value:.3g}</td>" for value in numbers)
+            assert f"<td>{row.group}</td><td>{row.size:,}</td>{cells}" in section
 
 
 def test_the_rate_is_conditional_and_leaves_out_the_end() -> None:

@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from analyze.tables import concatenate, measure_run
+from analyze.tables import concatenate, measure_run, write_table
 from analyze.verdict import PARTS, part_of, summarise
-from analyze.verdict_groups import MOST_GROUPS, grouping_of, summarise_groups
+from analyze.verdict_groups import MOST_GROUPS, grouping_of, read_groups, summarise_groups
 from analyze.verdict_tex import verdict_tex
-from analyze.verdict_text import verdict
+from analyze.verdict_text import group_verdict, verdict
 from tests.analyze.recorded import random_run
 from tests.analyze.simulation import TENSORS, simulate
 from tests.analyze.test_verdict import table_of
@@ -121,3 +121,16 @@ def test_a_missing_interval_is_explained() -> None:
     assert "γ without an interval: fewer than 5 effective steps in that part" in text
     noise = 0.2 + 0.1 * np.random.default_rng(3).standard_normal(1000)
     assert "without an interval" not in verdict(table_of(noise, 0.1, "exact", total=1000))
+
+
+def test_a_file_is_read_stream_by_stream(tmp_path: Path) -> None:
+    run = str(random_run(tmp_path / "run.zarr"))
+    table = measure_run(run, ["final", "step:2"], by=["layer"])["layer"]
+    write_table(table, tmp_path / "layers.parquet")
+    found = read_groups(tmp_path / "layers.parquet")
+    # NaN is not equal to itself, but written the same.
+    assert sorted(map(repr, found)) == sorted(map(repr, summarise_groups(table)))
+    assert [each.reference for each in found] == ["final"] * 3 + ["step:2"] * 3
+    blocks, _, note = group_verdict(tmp_path / "layers.parquet").rpartition("\n\n")
+    assert blocks in verdict(table)
+    assert verdict(table).endswith(note)
