@@ -4,9 +4,11 @@ Nothing here depends on a reference. With the moments of the rows (`analyze.comp
 every quantity on a pair follows (`analyze.pairs`), the PCA of the path from distances alone
 (`analyze.path`), and the noise of a full gradient from the products of batches (`analyze.noise`).
 
-Everything is read and multiplied in float64, tile by tile: memory is bounded by workers × tiles and
-by what is returned. Sums are added in an order that follows from the run and the question, so that
-blocks, workers and scheduler do not change one byte of the result on processors of one kind.
+Everything is read and multiplied in float64, tile by tile, from files that are mapped or a window
+of them (`analyze.row_bytes`): memory is bounded by workers × windows and by what is returned, open
+files by what the system allows. Sums are added in an order that follows from the run and the
+question, so that blocks, workers, scheduler and limits do not change one byte of the result on
+processors of one kind.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from capture.store.layout import ITERATES, UPDATES
 _MOST_LAGS = 8
 
 # What is shown with quantiles, and what by its median alone.
-_BANDS = ("gamma", "gamma_back", "sim", "cosine_step", "cosine_dist")
+_BANDS = ("gamma", "gamma_back", "sim", "cosine_step", "cosine_dist", "angle_weights_deg")
 _OF_GRADIENTS = {
     "γ(t, t+lag)": "gamma",
     "γ⁰": "gamma_null",
@@ -27,7 +27,11 @@ _OF_GRADIENTS = {
     "sim": "sim",
 }
 _OF_UPDATES = {"cos(u, u')": "cosine_step"}
-_OF_POINTS = {"cos(e, e')": "cosine_dist"}
+_OF_POINTS = {
+    "cos(e, e')": "cosine_dist",
+    "cos(w, w')": "cosine_weights",
+    "in degrees": "angle_weights_deg",
+}
 
 
 def pair_summary(tables: PairTables) -> str:

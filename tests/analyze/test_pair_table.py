@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from analyze.pair_summary import pair_summary
-from analyze.pair_table import noise_schema, pair_schema
+from analyze.pair_table import concatenate_pairs, noise_schema, pair_schema
 from analyze.pairs import PAIR_QUANTITIES, SUMS
 from analyze.pairs_of_run import MOST_ROWS_BY_DEFAULT, measure_pairs
 from capture.store import InputError, UnfinishedError, UnknownNameError, UsageError
@@ -44,6 +44,9 @@ def test_columns_have_units_and_formulas(run: Path) -> None:
         assert field.metadata[b"formula"]
     facts = json.loads(tables.pairs.schema.metadata[b"straightway"])
     assert facts["runs"][0]["pairs"] == {"fixed": 21, "minibatch": 15, "updates": 15}
+    assert (facts["kind"], facts["table"]) == ("pairs", 1)
+    of_noise = json.loads(tables.noise.schema.metadata[b"straightway"])
+    assert (of_noise["kind"], of_noise["table"]) == ("noise", 1)
     assert facts["nan"]["dist"] == 0
     # At w_T e is 0: the last row of `fixed`, in pairs with six others, three batches each.
     assert facts["nan"]["sim"] == facts["nan"]["cosine_dist"] == 18
@@ -141,3 +144,9 @@ def test_the_summary_tells_medians_by_lag(run: Path) -> None:
     assert "minibatch, updates" not in text
     assert "γ⁰: exact for SGD with momentum" in text
     assert max(map(len, text.splitlines())) <= 110
+
+
+def test_the_kind_of_table_is_told_of_several_runs_too(run: Path) -> None:
+    both = concatenate_pairs([measure_pairs(str(run), streams=["fixed"])["model"]] * 2)
+    for table, kind in ((both.pairs, "pairs"), (both.noise, "noise")):
+        assert json.loads(table.schema.metadata[b"straightway"])["kind"] == kind

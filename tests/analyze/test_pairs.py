@@ -1,6 +1,7 @@
 """Quantities on pairs of steps and the noise of batches, beside dense float64 numpy."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ KEYS = (
     *("run", "stream", "step", "step_to", "lag", "batch", "group", "reference"),
     "num_parameters",
 )
+DOUBLE = replace(TABLE, parameters=tuple(replace(t, dtype="F64") for t in TABLE.parameters))
 # Of cosines: sums of 25 products of numbers near 1, put together from a few terms.
 CLOSE: dict[str, Any] = {"rel": 1e-10, "abs": 1e-12}
 
@@ -165,11 +167,8 @@ def test_gradient_descent_on_a_quadratic_has_its_closed_form(tmp_path: Path) -> 
     h, eta = np.geomspace(0.1, 2.0, 25), 0.3
     start = np.random.default_rng(6).standard_normal(25)
     w = start * (1 - eta * h) ** np.arange(12)[:, None]
-    table = TABLE.__class__(
-        tuple(t.__class__(t.name, t.shape, "F64", t.group) for t in TABLE.parameters)
-    )
     streams = {"weights": w, "full": h * w}
-    path = write_run(tmp_path / "run.zarr", streams, table=table)
+    path = write_run(tmp_path / "run.zarr", streams, table=DOUBLE)
     for row in measure(path).to_pylist():
         t, lag = row["step"], row["lag"]
         shrink = (1 - eta * h) ** lag
@@ -240,3 +239,50 @@ def test_a_stream_without_rows_stands_beside_others(tmp_path: Path) -> None:
     tables = measure_pairs(str(path), streams=["minibatch", "weights"])["model"]
     assert tables.pairs["stream"].unique().to_pylist() == ["weights"]
     assert "minibatch: no two rows" in pair_summary(tables)
+
+
+def test_the_angle_between_close_iterates_keeps_its_digits(tmp_path: Path) -> None:
+    """Beside the cosine, which is 1 to the last digit, and where two are far or opposite."""
+    draw = np.random.default_rng(11).standard_normal
+    start = draw(25)
+    aside = draw(25)
+    aside -= start * (start @ aside) / (start @ start)
+    aside *= norm(start) / norm(aside)
+    tangents = [0.0, 1e-9, 1e-5, 1.0, 1e5]
+    rows = [start + tangent * aside for tangent in tangents]
+    path = write_run(
+        tmp_path / "run.zarr", {"weights": np.array([*rows, -2 * start, 0 * start])}, table=DOUBLE
+    )
+    found = {
+        (row["step"], row["step_to"]): row
+        for row in measure(path, streams=["weights"], references=["step:0"]).to_pylist()
+    }
+    for row, tangent in enumerate(tangents[1:], 1):
+        expected = math.degrees(math.atan(tangent))
+        # The tangent 1e-9 has seven digits in the float64 numbers of the rows.
+        assert found[0, row]["angle_weights_deg"] == pytest.approx(expected, rel=1e-6)
+    assert found[0, 1]["cosine_weights"] == pytest.approx(1, abs=1e-15)
+    # There the sides tell no more than the root of float64's precision, 1e-8 rad.
+    assert found[0, 5]["angle_weights_deg"] == pytest.approx(180, abs=1e-5)
+    assert found[0, 5]["cosine_weights"] == pytest.approx(-1, abs=1e-15)
+    assert found[0, 5]["dot_weights"] == pytest.approx(-2 * start @ start, rel=1e-14)
+    for step in range(6):
+        assert math.isnan(found[step, 6]["cosine_weights"])
+        assert math.isnan(found[step, 6]["angle_weights_deg"])
+        # The error is that of the larger square.
+        assert found[step, 6]["dot_weights"] == pytest.approx(
+            0, abs=1e-15 * found[step, 6]["dist"] ** 2
+        )
+
+
+def test_iterates_are_compared_without_a_reference(run: Path) -> None:
+    """What depends on w alone is the same beside every reference, and for every stream."""
+    names = ["dot_weights", "cosine_weights", "angle_weights_deg"]
+    seen: dict[tuple[int, int], list[float]] = {}
+    table = measure(run, references=["final", "step:0"], streams=["fixed", "updates", "weights"])
+    for row in table.to_pylist():
+        values = [row[name] for name in names]
+        assert seen.setdefault((row["step"], row["step_to"]), values) == pytest.approx(
+            values, rel=1e-10
+        )
+    assert len(seen) == 21

@@ -232,6 +232,7 @@ def test_columns_have_units_and_formulas(run: Path) -> None:
     assert set(table["component"].to_pylist()) == {1, 2}
     facts = json.loads(table.schema.metadata[b"straightway"])
     assert facts["runs"][0]["num_parameters"] == TABLE.num_parameters
+    assert (facts["kind"], facts["table"]) == ("pca", 1)
 
 
 def test_the_summary_shows_both_nulls(run: Path) -> None:

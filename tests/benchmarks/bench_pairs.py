@@ -9,7 +9,7 @@ turns, so that a busy machine slows all of them alike; each `value` is the media
                one each: at least as fast as BLAS with two, which wait for each other
     weights    ‖w_i - w_j‖² of the weights alone: PCA of the path
     stream     every product of gradients with gradients and with the steps between weights
-    pairs      that, and the moments with a reference: all that `analyze pairs` measures
+    pairs      that, and all seven moments with a reference: all that `analyze pairs` measures
     lags       the stream at lags 1, 2, 5, 10 and 20 only
 """
 
@@ -28,7 +28,6 @@ import numpy as np
 from analyze.blas import single_threaded
 from analyze.compute import compute_moments
 from analyze.gram import compute_gram
-from analyze.moments import GEOMETRY
 from capture.store import RunWriter, Tensor, TensorTable, open_run
 
 SIZE, TENSORS, ROWS = bench_compute.SIZE, bench_compute.TENSORS, 60
@@ -113,4 +112,4 @@ def gram(run: Path, stream: str, lags: tuple[int, ...] | None = None) -> object:
 def moments(run: Path) -> object:
     """The moments of the same rows with a reference."""
     final = [bench_compute.parse_reference("final")]
-    return compute_moments(run, ["minibatch"], final, moments=GEOMETRY, workers=THREADS)
+    return compute_moments(run, ["minibatch"], final, workers=THREADS)
