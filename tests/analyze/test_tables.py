@@ -12,13 +12,13 @@ import pytest
 import zarr
 from numpy.linalg import norm
 
+from analyze.columns import schema
 from analyze.groups import GROUPINGS, group_tensors
 from analyze.tables import (
     concatenate,
     measure_run,
     read_metadata,
     read_table,
-    schema,
     write_table,
 )
 from capture.store import InputError, UnfinishedError, UnknownNameError, UsageError
