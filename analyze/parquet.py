@@ -28,7 +28,7 @@ class ParquetPieces:
         self._path = path
         self._schema = schema.remove_metadata()
         self._stack = stack
-        self._pending = self._schema.empty_table()
+        self._pending = pa.Table.from_batches([], self._schema)
         self._writer: Any = None
         self.num_rows = 0
 

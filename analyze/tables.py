@@ -191,7 +191,7 @@ def writing_table(path: str | PathLike[str]) -> Iterator[TableFile]:
 
 
 def _whole(pieces: Sequence[pa.Table], metadata: dict[str, Any]) -> pa.Table:
-    table = pa.concat_tables(pieces) if pieces else schema().empty_table()
+    table = pa.concat_tables(pieces) if pieces else pa.Table.from_batches([], schema())
     return table.replace_schema_metadata(encode_metadata(_versioned(metadata)))
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from analyze.columns import values_of
 from analyze.quantities import SIGN, Values, ratio
 from analyze.references import end_of_path
 from analyze.rows import select_rows, sizes_of, whole_model
@@ -24,6 +25,12 @@ from analyze.tables import read_metadata
 from analyze.text_table import NONE, aligned, number, wrapped
 from analyze.uncertainty import Interval, WithinRun, negative_interval, path_interval
 from capture.store.layout import ITERATES
+
+# What of the whole model's rows is read here.
+COLUMNS = (
+    *("run", "stream", "step", "batch", "group", "reference", "num_parameters"),
+    *("cosine", "cosine_null", "cosine_update", "lolr", "lolr_null", "nonfinite"),
+)
 
 # The last part of the way to w*, where γ tends to its null whatever the landscape.
 END_SHARE = 0.1
@@ -174,7 +181,7 @@ def _numbers(
     by_stream = {name: select_rows(rows, stream=name) for name in names}
     defined = sum(int(_cosine(own)[1].sum()) for own in by_stream.values())
     end = end_of_path(reference, final)
-    tail = part_of(rows["step"].to_numpy(), reference, final) == "end"
+    tail = part_of(values_of(rows["step"]), reference, final) == "end"
     first = math.ceil((1 - END_SHARE) * (end or 0))
     return Verdict(
         entry=entry,
@@ -196,8 +203,8 @@ def _numbers(
 
 def _parts(rows: pa.Table, stream: str, reference: str, final: int, start: int) -> Iterator[Part]:
     cosine, defined = _cosine(rows)
-    null, rate, rate_null = (rows[name].to_numpy() for name in ("cosine_null", "lolr", "lolr_null"))
-    parts = part_of(rows["step"].to_numpy(), reference, final, start)
+    null, rate, rate_null = (values_of(rows[n]) for n in ("cosine_null", "lolr", "lolr_null"))
+    parts = part_of(values_of(rows["step"]), reference, final, start)
     batches = max(1, len(rows["batch"].unique()))
     for name in ("before", *PARTS, "after"):
         here = (parts == name) & defined
@@ -223,7 +230,7 @@ def _parts(rows: pa.Table, stream: str, reference: str, final: int, start: int) 
 def _cosine(rows: pa.Table) -> tuple[Values, NDArray[np.bool_]]:
     """Give the cosine that is positive towards w* and where it is defined."""
     updates = rows["stream"][0].as_py() == "updates"
-    cosine = -rows["cosine_update"].to_numpy() if updates else rows["cosine"].to_numpy()
+    cosine = -values_of(rows["cosine_update"]) if updates else values_of(rows["cosine"])
     return cosine, np.isfinite(cosine)
 
 
