@@ -221,12 +221,15 @@ class _Way:
         )
 
     def _shares(self, end: int) -> tuple[Floats, Floats]:
-        """a_s ``[N]`` and r_t ``[2, N + 1]`` of w* = w_N, from r_t = r_{t+1} F_t - v_t."""
-        back = self._f[..., end - 1 :: -1] if end else self._f[..., :0]
-        terms = -self._v[:, :end, None]
-        rest = solve(back.swapaxes(0, 1), terms[:, ::-1], np.zeros((2, 1)))[:, ::-1, 0]
-        q = np.array([[1.0], [0.0]]) - rest[:, 1:]
-        return -(q * self._g[:, :end]).sum(axis=0), rest
+        """a_s ``[N]`` and r_t ``[2, N + 1]`` of w* = w_N, from r_t = r_{t+1} F_t - v_t.
+
+        q_t = q_{t+1} F_t goes along with r_t: of 1 - q, as of 1 - r, digits would be lost.
+        """
+        back, terms = self._f[..., :end].swapaxes(0, 1), np.zeros((2, end, 2))
+        terms[..., 0] = -self._v[:, :end]
+        found = solve(back[..., ::-1], terms[:, ::-1], np.array([[0.0, 1.0], [0.0, 0.0]]))
+        rest, q = np.moveaxis(found[:, ::-1], -1, 0)
+        return -(q[:, 1:] * self._g[:, :end]).sum(axis=0), rest
 
     def _states(self, steps: Integers, first: int, start: Floats) -> Floats:
         """S at ascending `steps` from the step `first` on, where it is `start` ``[3, P]``."""

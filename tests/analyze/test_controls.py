@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -167,6 +167,18 @@ def test_the_end_effect_of_the_last_update(beta: float, limit: float) -> None:
     settings = Settings.constant(total, 0.1, beta)
     path = settings.path(np.ones((total, 1)), np.ones(1), np.array([0]))
     assert cosine(path.null(np.array([total - 1]), total)) == pytest.approx(limit, rel=EXACT)
+
+
+def test_what_decay_forgets_keeps_its_digits() -> None:
+    """Plain SGD with decay: a_s = η (1 - ηλ)^(N - 1 - s), here down to e^-30."""
+    total, lr, decay = 30_000, 0.1, 0.01
+    constant = Settings.constant(total, lr)
+    settings = replace(constant, decay=np.full((total, 1), decay))
+    steps = np.arange(0, total, 999)
+    found = settings.path(np.ones((total, 1)), np.ones(1), np.array([0])).null(steps, total)
+    # A power of N is off by N times the rounding of its base.
+    expected = lr * (1 - lr * decay) ** (total - 1.0 - steps)
+    assert found.dot[:, 0] == pytest.approx(expected, rel=total * 1e-15)
 
 
 def test_after_w_n_the_null_is_0() -> None:
