@@ -68,12 +68,13 @@ def measure_run(
     """
     summed = _sum(path, references, streams, Work(cache, scheduler, workers, progress))
     tables = [summed.table(grouping, path, weight_decay) for grouping in by]
-    pieces: dict[str, list[pa.Table]] = {name_of(table.by): [] for table in tables}
+    pieces: list[list[pa.Table]] = [[] for _ in tables]
     for stream in summed.streams:
-        for table in tables:
-            pieces[name_of(table.by)] += table.pieces(stream)
+        for table, own in zip(tables, pieces, strict=True):
+            own += table.pieces(stream)
     return {
-        name_of(table.by): _whole(pieces[name_of(table.by)], table.metadata()) for table in tables
+        name_of(table.by): _whole(own, table.metadata())
+        for table, own in zip(tables, pieces, strict=True)
     }
 
 
