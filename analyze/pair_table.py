@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 import capture
+from analyze.columns import texts
 from analyze.gram import Gram
 from analyze.groups import Grouping, group_tensors, name_of
 from analyze.measure import Measure
@@ -28,8 +29,9 @@ from analyze.optimizer import read_optimizer
 from analyze.pair_null import pair_null
 from analyze.pairs import PAIR_QUANTITIES, PairMeasure
 from analyze.quantities import Quantity, Values
+from analyze.run_table import facts_of
 from analyze.sums import unclipping
-from analyze.tables import concatenate, encode_metadata, facts_of, texts
+from analyze.tables import concatenate, encode_metadata
 from capture.store.layout import ITERATES, UPDATES
 from capture.store.reader import Run
 

@@ -13,12 +13,13 @@ import numpy as np
 from analyze import schedulers
 from analyze.adam import states_to_read
 from analyze.blocks import Block, cut, most_open, pieces
-from analyze.cache import Where, lacking_moments
+from analyze.cache import Where
 from analyze.compute import measure_block
 from analyze.moments import MOMENTS, moment_kind, segment_moments
 from analyze.references import Reference, parse_reference
 from analyze.schedulers import Cluster
 from analyze.session import Plan, Session, drop, keep, weights_row
+from analyze.summing import lacking_moments
 from analyze.tables import choose_streams
 from capture.store import open_run
 from capture.store.layout import ITERATES

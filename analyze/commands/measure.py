@@ -91,9 +91,8 @@ def compute(
     about the same gradients and references reads none of them again. Means, and references on
     object stores, are kept in the folder for temporary files (TMPDIR) meanwhile.
     """
-    from analyze.groups import name_of
-    from analyze.tables import concatenate, measure_run, write_table
-    from analyze.verdict import counted
+    from analyze.tables import concatenate, measure_into, writing_table
+    from analyze.verdict import COLUMNS, counted
     from analyze.verdict_text import group_verdict, verdict
 
     place = cache_place(cache, no_cache)
@@ -111,25 +110,25 @@ def compute(
         raise click.UsageError("Missing option '--out'.", context)
     files = [text.removeprefix("file:") for text in references if text.startswith("file:")]
     parquet_target(out, [*runs, *files])
-    chosen = grouping(patterns, by)
-    groupings = ["model"] if chosen == "model" else ["model", chosen]
-    measured = []
-    for run in dict.fromkeys(runs):
-        if sys.stderr.isatty():
-            click.echo(projected(run, references, options), err=True)
-        with progress_of(run) as report:
-            tables = measure_run(
-                run,
-                references,
-                by=groupings,
-                progress=report,
-                weight_decay=weight_decay,
-                **options,
-            )
-        measured.append(tables)
-    table = concatenate([tables[name_of(chosen)] for tables in measured])
-    write_table(table, out)
-    show(verdict(concatenate([tables["model"] for tables in measured])))
+    chosen, models = grouping(patterns, by), []
+    with writing_table(out) as table:
+        for run in dict.fromkeys(runs):
+            if sys.stderr.isatty():
+                click.echo(projected(run, references, options), err=True)
+            with progress_of(run) as report:
+                model = measure_into(
+                    table,
+                    run,
+                    references,
+                    keep=COLUMNS,
+                    by=chosen,
+                    progress=report,
+                    weight_decay=weight_decay,
+                    **options,
+                )
+            models.append(model)
+        found = verdict(concatenate(models))
+    show(found)
     if chosen != "model":
         show(f"\n{group_verdict(out)}")
     click.echo(f"{counted(table.num_rows)} in {out}; next:", err=True)
