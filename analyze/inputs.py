@@ -13,6 +13,7 @@ import pyarrow as pa
 from analyze import tables
 from analyze.axes import Values
 from analyze.cache import Where
+from analyze.columns import texts
 from analyze.repeats import place_name, without_repeats
 from analyze.verdict_groups import grouping_of
 from capture.store.errors import InputError, UsageError
@@ -60,8 +61,8 @@ def read_inputs(
     """
     if not inputs:
         raise UsageError("nothing to report on", fix="give runs or tables of `analyze compute`")
-    texts = without_repeats(inputs)
-    runs = runs_among(texts)
+    once = without_repeats(inputs)
+    runs = runs_among(once)
     measure = partial(
         tables.measure_run,
         references=[REFERENCE],
@@ -72,7 +73,7 @@ def read_inputs(
     )
     read = [
         part
-        for text in texts
+        for text in once
         for part in (measure(text).values() if text in runs else [_read_table(text)])
     ]
     read = _by_one_name(read)
@@ -135,8 +136,8 @@ def _renamed(table: pa.Table, names: Mapping[str, str]) -> pa.Table:
             if text.startswith(f"{run}|")
         }
     called = table["run"].combine_chunks().dictionary_encode()
-    texts = [names[name] for name in called.dictionary.to_pylist()]
-    column = tables.texts(texts, called.indices.to_numpy())
+    chosen = [names[name] for name in called.dictionary.to_pylist()]
+    column = texts(chosen, called.indices.to_numpy())
     place = table.schema.get_field_index("run")
     renamed = table.set_column(place, table.schema.field("run"), column)
     return renamed.replace_schema_metadata(tables.encode_metadata(metadata))

@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.cache import Where, measured_moments
+from analyze.cache import Where
 from analyze.gram import compute_gram, regroup
 from analyze.groups import Grouping, group_tensors, name_of
 from analyze.pair_blocks import choose_pairs
 from analyze.pair_table import PairTables, build_pairs
 from analyze.references import Reference, parse_reference
 from analyze.schedulers import Cluster
+from analyze.summing import measured_moments
+from analyze.work import Work
 from capture.store.errors import InputError, UsageError
 from capture.store.layout import WEIGHTS
 from capture.store.reader import Run, Stream, open_run
@@ -68,15 +70,8 @@ def measure_pairs(
         )
         for name in asked.streams
     }
-    moments = measured_moments(
-        path,
-        list(grams),
-        parsed,
-        where=cache,
-        scheduler=scheduler,
-        workers=workers,
-        progress=progress,
-    )
+    work = Work(cache, scheduler, workers, progress)
+    moments = measured_moments(open_run(path), list(grams), parsed, work)
     run, tables = open_run(path), {}
     for one in by:
         coarser = _coarser(asked.finest, asked.groupings[name_of(one)])

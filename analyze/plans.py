@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from analyze.adam import states_to_read
 from analyze.amounts import size
-from analyze.cache import Where, lacking_moments
+from analyze.cache import Where
 from analyze.groups import Grouping, group_tensors
 from analyze.references import parse_reference
+from analyze.summing import lacking_moments
 from analyze.tables import choose_streams
 from capture.store import Run, open_run
 from capture.store.layout import WEIGHTS

@@ -16,7 +16,7 @@ Ma, "Aiming towards the minimizers", NeurIPS 2023; the nulls and z are our own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -342,17 +342,18 @@ QUANTITIES: tuple[Quantity, ...] = (
 )
 
 
-def evaluate(sums: Sums) -> dict[str, Values]:
+def evaluate(sums: Sums, quantities: Sequence[Quantity] = QUANTITIES) -> dict[str, Values]:
     """Evaluate the quantities whose sums are there, float64 of the sums' common shape.
 
     What would follow from an infinite or NaN sum is NaN.
     """
     sound = {name: _finite(value) for name, value in sums.items()}
-    return {
-        quantity.name: _finite(quantity.function(sound))
-        for quantity in QUANTITIES
-        if sound.keys() >= set(quantity.needs)
-    }
+    with np.errstate(all="ignore"):
+        return {
+            quantity.name: _finite(quantity.function(sound))
+            for quantity in quantities
+            if sound.keys() >= set(quantity.needs)
+        }
 
 
 def _finite(values: Values) -> Values:

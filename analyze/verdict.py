@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from analyze.columns import values_of
 from analyze.derived import SOURCES, cosine_of, rate_of, value_of
 from analyze.quantities import Values
 from analyze.references import end_of_path
@@ -25,6 +26,12 @@ from analyze.spread import Band, band_of
 from analyze.tables import read_metadata
 from analyze.uncertainty import WithinRun, negative_interval, path_interval
 from capture.store.layout import ITERATES
+
+# What of the whole model's rows is read here.
+COLUMNS = (
+    *("run", "stream", "step", "batch", "group", "reference", "num_parameters"),
+    *(*SOURCES, "norm_dist", "nonfinite"),
+)
 
 # The last part of the way to w*, where γ tends to its null whatever the landscape.
 END_SHARE = 0.1
@@ -144,7 +151,7 @@ def _numbers(
     by_stream = {name: select_rows(rows, stream=name) for name in names}
     missing = [_missing(own, name) for name, own in by_stream.items()]
     end = end_of_path(reference, final)
-    tail = part_of(rows["step"].to_numpy(), reference, final) == "end"
+    tail = part_of(values_of(rows["step"]), reference, final) == "end"
     first = math.ceil((1 - END_SHARE) * (end or 0))
     return Verdict(
         entry=entry,
@@ -169,7 +176,7 @@ def _parts(rows: pa.Table, stream: str, reference: str, final: int, start: int) 
     numbers = numbers_of(rows, stream)
     cosine = numbers["cosine"]
     defined = np.isfinite(cosine)
-    parts = part_of(rows["step"].to_numpy(), reference, final, start)
+    parts = part_of(values_of(rows["step"]), reference, final, start)
     batches = max(1, len(rows["batch"].unique()))
     for name in ("before", *PARTS, "after"):
         here = (parts == name) & defined
@@ -194,7 +201,7 @@ def _parts(rows: pa.Table, stream: str, reference: str, final: int, start: int) 
 
 def numbers_of(rows: pa.Table, stream: str) -> dict[str, Values]:
     """γ that is positive towards w*, its null, γ/γ⁰ and η*/a_t of the rows of a stream ``[N]``."""
-    columns = {name: rows[name].to_numpy() for name in SOURCES}
+    columns = {name: values_of(rows[name]) for name in SOURCES}
     cosine, rate = cosine_of(stream), rate_of(stream)
     names = {
         "cosine": cosine,
@@ -208,5 +215,5 @@ def numbers_of(rows: pa.Table, stream: str) -> dict[str, Values]:
 def _missing(rows: pa.Table, stream: str) -> tuple[int, int]:
     """How many rows of a stream have no cosine: at w* itself, and others."""
     missing = ~np.isfinite(numbers_of(rows, stream)["cosine"])
-    at = rows["norm_dist"].to_numpy() == 0
+    at = values_of(rows["norm_dist"]) == 0
     return int((missing & at).sum()), int((missing & ~at).sum())

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from analyze.columns import values_of
 from analyze.derived import SOURCES
 from analyze.groups import GROUPINGS
 from analyze.quantities import Values
@@ -129,7 +130,7 @@ def _rows(
     sizes = dict(zip(groups, rows["num_parameters"].to_pylist(), strict=True))
     largest = sorted(sizes, key=lambda name: -sizes[name])[:most]
     numbers = numbers_of(rows, stream)
-    steps = rows["step"].to_numpy()
+    steps = values_of(rows["step"])
     final = entry["final_step"]
     parts = part_of(steps, reference, int(steps.max()) if final is None else final, start)
     shown = tuple(

@@ -30,8 +30,6 @@ from analyze.commands.options import (
 )
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from analyze.groups import Grouping
 
 
@@ -68,23 +66,35 @@ def compute(
     about the same gradients and references reads none of them again. Means, and references on
     object stores, are kept in the folder for temporary files (TMPDIR) meanwhile.
     """
-    from analyze.groups import name_of
     from analyze.references import files_of
     from analyze.repeats import without_repeats
-    from analyze.tables import concatenate, write_table
-    from analyze.verdict import counted
+    from analyze.tables import concatenate, measure_into, writing_table
+    from analyze.verdict import COLUMNS, counted
     from analyze.verdict_text import group_verdict, verdict
 
     question = {"streams": streams, **running.arguments}
     if out is None:
         return _show_plans(runs, references, question)
     parquet_target(out, [*runs, *files_of(references)])
-    question |= {"by": with_model(grouping), "weight_decay": weight_decay}
-    measured = [_measure(run, references, question) for run in without_repeats(runs)]
-    table = concatenate([tables[name_of(grouping)] for tables in measured])
-    text = verdict(concatenate([tables["model"] for tables in measured]))
-    write_table(table, out)
-    show(text)
+    models = []
+    with writing_table(out) as table:
+        for run in without_repeats(runs):
+            if sys.stderr.isatty():
+                _show_plans([run], references, question, err=True)
+            with progress_of(run) as report:
+                model = measure_into(
+                    table,
+                    run,
+                    references,
+                    keep=COLUMNS,
+                    by=grouping,
+                    progress=report,
+                    weight_decay=weight_decay,
+                    **question,
+                )
+            models.append(model)
+        found = verdict(concatenate(models))
+    show(found)
     if grouping != "model":
         show(f"\n{group_verdict(out)}")
     click.echo(f"{counted(table.num_rows)} in {out}; next:", err=True)
@@ -92,29 +102,18 @@ def compute(
     click.echo(f"  analyze report {shlex.quote(out)} --out {page}", err=True)
 
 
-def _measure(
-    run: str, references: Sequence[str], question: Mapping[str, Any]
-) -> dict[str, pa.Table]:
-    """Measure one run; on a terminal, say before what that takes."""
-    from analyze.tables import measure_run
-
-    if sys.stderr.isatty():
-        from analyze.plans import plan_run
-
-        asked = {key: question[key] for key in question if key not in ("by", "weight_decay")}
-        click.echo(plan_run(run, references, **asked), err=True)
-    with progress_of(run) as report:
-        return measure_run(run, references, progress=report, **question)
-
-
 def _show_plans(
-    runs: Sequence[str], references: Sequence[str], question: Mapping[str, Any]
+    runs: Sequence[str],
+    references: Sequence[str],
+    question: Mapping[str, Any],
+    *,
+    err: bool = False,
 ) -> None:
     from analyze.plans import plan_run
     from analyze.repeats import without_repeats
 
     for run in without_repeats(runs):
-        show(plan_run(run, references, **question))
+        show(plan_run(run, references, **question), err=err)
 
 
 @command(

@@ -285,7 +285,7 @@ def progress_of(run: str) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def show(text: str) -> None:
+def show(text: str, *, err: bool = False) -> None:
     """Print, with question marks for what the terminal's encoding cannot show."""
-    encoding = sys.stdout.encoding or "utf-8"
-    click.echo(text.encode(encoding, "replace").decode(encoding))
+    encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
+    click.echo(text.encode(encoding, "replace").decode(encoding), err=err)

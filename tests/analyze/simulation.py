@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from analyze.tables import METADATA_KEY, TABLE_VERSION, schema
+from analyze.columns import schema
+from analyze.tables import METADATA_KEY, TABLE_VERSION
 
 Values = npt.NDArray[np.float64]
 

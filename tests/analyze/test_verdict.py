@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from analyze.tables import concatenate, measure_run, schema
+from analyze.columns import schema
+from analyze.tables import concatenate, measure_run
 from analyze.verdict import part_of, summarise
 from analyze.verdict_text import verdict
 from capture.store import Tensor, TensorTable, open_run
