@@ -124,8 +124,8 @@ class MomentsCache:
             self._refused = True
             reason = getattr(error, "what", None) or getattr(error, "strerror", None) or error
             logger.warning(
-                "the moments are not kept (%s), %s; `analyze compute` takes --cache DIR or "
-                "--no-cache",
+                "the moments are not kept (%s), %s; name another place with --cache DIR, or keep "
+                "none with --no-cache",
                 reason,
                 self.folder,
             )
