@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from analyze.methods import describe_methods, write_methods
     from analyze.pairs_of_run import measure_pairs
     from analyze.path import measure_path
-    from analyze.projection import Projection, project_run
+    from analyze.plans import project_pairs, project_path, project_run
+    from analyze.projection import Projection
     from analyze.report import write_report
     from analyze.schedule import schedule_run, write_schedule
     from analyze.schedulers import Cluster
@@ -42,6 +43,8 @@ __all__ = [
     "measure_table",
     "measure_tree",
     "open_run",
+    "project_pairs",
+    "project_path",
     "project_run",
     "read_table",
     "schedule_run",
@@ -71,7 +74,9 @@ _HOMES = {
     "measure_table": "library",
     "measure_tree": "library",
     "open_run": "capture.store",
-    "project_run": "projection",
+    "project_pairs": "plans",
+    "project_path": "plans",
+    "project_run": "plans",
     "read_table": "tables",
     "schedule_run": "schedule",
     "to_dataset": "dataset",

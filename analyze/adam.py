@@ -7,7 +7,7 @@ Axes: T saved steps, B batches, P tensors, R references, K of the T steps with a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,14 +18,14 @@ from analyze.cache import MomentsCache, Where, cache_of
 from analyze.optimizer import read_optimizer
 from analyze.references import Reference
 from analyze.second_moments import ORDER, Places, find_places, unusable
-from capture.store import Run, Stream, open_run
+from analyze.work import Work
+from capture.store import Run, Stream
 from capture.store.kept_states import find_kept, list_kept, tree_of
 from capture.store.layout import ITERATES, UPDATES
 from capture.store.objects import ObjectPath
 
 if TYPE_CHECKING:
     from analyze.adam_blocks import Fresh
-    from analyze.schedulers import Cluster
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -68,25 +68,16 @@ class AdamMoments:
 
 
 def adam_moments(
-    path: str,
-    streams: Sequence[str],
-    references: Sequence[Reference],
-    *,
-    where: Where = True,
-    scheduler: str | Cluster = "threads",
-    workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    run: Run, streams: Sequence[str], references: Sequence[Reference], work: Work
 ) -> AdamMoments:
     """Sum in Adam's metric what `streams` hold at steps after which a state was kept.
 
     Only gradients are measured: the weights and the updates among `streams` are passed over. What
-    was summed before is not summed again: `where` as in `analyze.cache.cache_of`; scheduler,
-    workers and progress as in `analyze.compute.compute_moments`. Runs of other optimizers, and
-    those without kept states, cost no reading. `DamagedError` where a state that is used is not
-    as it was written; bytes behind sums that were kept are not read and so not verified again.
+    was summed before is not summed again. Runs of other optimizers, and those without kept states,
+    cost no reading. `DamagedError` where a state that is used is not as it was written; bytes
+    behind sums that were kept are not read and so not verified again.
     """
-    run = open_run(path)
-    question = _ask(run, streams, references, where)
+    question = _ask(run, streams, references, work.cache)
     if isinstance(question, str):
         return AdamMoments(question, {})
     steps, kept, keeping = question.steps, question.kept, question.keeping
@@ -97,12 +88,10 @@ def adam_moments(
         from analyze.adam_blocks import measure
 
         fresh = measure(
-            path,
+            run.path,
             {name: steps[name] for name in lacking},
             [references[identities.index(one)] for one in wanted],
-            scheduler=scheduler,
-            workers=workers,
-            progress=progress,
+            **work.computing,
         )
         if isinstance(fresh, str):
             return AdamMoments(fresh, {})
@@ -118,13 +107,12 @@ def adam_moments(
 
 
 def states_to_read(
-    path: str, streams: Sequence[str], references: Sequence[Reference], where: Where = True
+    run: Run, streams: Sequence[str], references: Sequence[Reference], where: Where = True
 ) -> tuple[int, int]:
     """Say what `adam_moments` would read: how many kept states, and their bytes.
 
     The rows of weights and gradients at their steps are read once more as well.
     """
-    run = open_run(path)
     question = _ask(run, streams, references, where)
     if isinstance(question, str):
         return 0, 0

@@ -7,6 +7,7 @@ chunk ∩ tensor and added chunk after chunk, so that blocks and workers change 
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
@@ -47,7 +48,7 @@ class Fresh:
 
 
 def measure(
-    path: str,
+    path: str | os.PathLike[str],
     steps: Mapping[str, Integers],
     references: Sequence[Reference],
     *,

@@ -93,9 +93,12 @@ def angle_label(cosine: float) -> str:
     return f"{math.degrees(math.acos(cosine)):.{4 if 0 < abs(cosine) < 0.02 else 3}g}°"
 
 
-def scale_values(axes: Axes, values: Iterable[Values]) -> None:
-    """Give the value axis its scale and readable ticks."""
+def scale_values(axes: Axes, values: Iterable[Values], *, log: bool = False) -> None:
+    """Give the value axis its scale and readable ticks; with `log` a logarithmic one if it can."""
+    values = list(values)
     scale, threshold = value_scale(values)
+    if log and not any((v <= 0).any() for v in values):
+        scale = "log"
     if scale == "symlog":
         axes.set_yscale("symlog", linthresh=threshold)
         axes.set_yticks(_symlog_ticks(*axes.get_ylim(), threshold))
@@ -129,19 +132,72 @@ def _symlog_ticks(low: float, high: float, threshold: float) -> list[float]:
     return [t for t in (*(-t for t in ticks), 0.0, *ticks) if low <= t <= high]
 
 
-def scale_steps(axes: Axes, steps: Values) -> None:
-    """Give the step axis its limits: linear, or logarithmic where the rows are log-spaced."""
+# What the places of a figure are, as its axis says it.
+PLACES = {
+    "step": "step t (updates applied)",
+    "epoch": "epoch",
+    "lag": "lag s − t (updates)",
+    "component": "component k",
+}
+
+
+def scale_steps(axes: Axes, steps: Values, unit: str = "step") -> None:
+    """Give the axis of steps or epochs its limits: linear, or logarithmic for log-spaced rows."""
     low, high = float(steps.min()), float(steps.max())
     if steps.size > 8 and np.median(steps) < 0.15 * high:
-        axes.set_xscale("symlog", linthresh=1)
+        smallest = float(np.quantile(steps[steps > 0], 0.02)) if unit == "epoch" else 1.0
+        axes.set_xscale("symlog", linthresh=smallest)
         axes.set_xlim(low, high * 1.05)
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         margin = 0.01 * (high - low) or 1.0
         axes.set_xlim(low - margin, high + margin)
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+        axes.xaxis.set_major_locator(
+            MaxNLocator(6, steps=[1, 2, 5, 10], integer=unit == "step" or high > 6)
+        )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number_label(value)))
-    axes.set_xlabel("step t (updates applied)")
+    axes.set_xlabel(PLACES[unit])
+
+
+def scale_places(axes: Axes, places: Values, what: str) -> None:
+    """Give an axis of lags, logarithmic, or of components its limits and whole ticks."""
+    low, high = float(places.min()), float(places.max())
+    if what == "lag" and high > 8 * low > 0:
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.1, high * 1.1)
+        axes.set_xticks(_log_ticks(low / 1.1, high * 1.1))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_xlim(low - 0.04 * (high - low) - 0.2, high + 0.04 * (high - low) + 0.2)
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number_label(value)))
+    axes.set_xlabel(PLACES[what])
+
+
+def add_epoch_axis(axes: Axes, each: float) -> None:
+    """Repeat the axis of steps below itself in epochs of `each` updates."""
+    low, high = axes.get_xlim()
+    epochs = axes.twiny()
+    threshold = getattr(axes.xaxis.get_transform(), "linthresh", None)
+    if threshold is None:
+        locator = MaxNLocator(6, steps=[1, 2, 5, 10])
+        ticks = np.asarray(locator.tick_values(low / each, high / each))
+    else:
+        first = math.floor(math.log10(threshold / each))
+        last = math.floor(math.log10(high / each))
+        ticks = np.array([0.0, *(10.0**k for k in range(first, last + 1))])
+        epochs.set_xscale("symlog", linthresh=threshold)
+    inside = [tick for tick in ticks if max(low, 0) <= tick * each <= high]
+    epochs.set_xlim(low, high)
+    epochs.xaxis.set_major_locator(FixedLocator([tick * each for tick in inside]))
+    epochs.xaxis.set_minor_locator(NullLocator())
+    epochs.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number_label(value / each, 4)))
+    epochs.spines["bottom"].set_position(("outward", 31))
+    epochs.spines["bottom"].set_visible(True)
+    epochs.xaxis.set_ticks_position("bottom")
+    epochs.xaxis.set_label_position("bottom")
+    epochs.set_xlabel(PLACES["epoch"])
+    epochs.grid(visible=False)
 
 
 def mark_ends(axes: Axes, ends: tuple[tuple[float, float], ...], *, shade: bool = True) -> None:

@@ -16,19 +16,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from crc32c import crc32c
 from numpy.typing import NDArray
 
-from analyze.moment_table import MOMENTS, Moments, StreamMoments
-from analyze.references import Reference
-from capture.store import DamagedError, Run, StraightwayError, Stream, UsageError, open_run
+from analyze.moment_table import MOMENTS
+from capture.store import DamagedError, Run, StraightwayError
 from capture.store.layout import WEIGHTS
 from capture.store.place import (
     Place,
@@ -41,9 +40,6 @@ from capture.store.place import (
 )
 from capture.store.plain import build, parse
 from capture.store.tensors import Tensor
-
-if TYPE_CHECKING:
-    from analyze.schedulers import Cluster
 
 logger = logging.getLogger("analyze")
 
@@ -73,12 +69,13 @@ class MomentsCache:
         self._run = run
         self._refused = False
         table = json.dumps(run.table.to_json(), sort_keys=True)
-        self._common = [str(VERSION), table, _log_digest(run, run.stream(WEIGHTS))]
+        self._common = [str(VERSION), table]
+        self._logs: dict[str, str] = {}
 
     def content(self, stream: str, *others: str) -> str:
         """Digest of all that sums of a stream are made of, `others` included, but for w*."""
-        own = _log_digest(self._run, self._run.stream(stream))
-        return sha256("\n".join([*self._common, stream, own, *others]).encode()).hexdigest()
+        common = [*self._common, self._log_digest(WEIGHTS), stream, self._log_digest(stream)]
+        return sha256("\n".join([*common, *others]).encode()).hexdigest()
 
     def load(self, stream: str, reference: str) -> Entry | None:
         """Find what was kept of `stream` against the w* with this identity."""
@@ -104,7 +101,7 @@ class MomentsCache:
         """
         file = self._file(label, content, reference)
         try:
-            arrays = _decode(file.read_bytes(), self._facts(label, content, reference))
+            arrays = _decode(memoryview(file.read_bytes()), self._facts(label, content, reference))
         except (OSError, StraightwayError):
             return None
         return arrays if {name: a.shape for name, a in arrays.items()} == shapes else None
@@ -127,11 +124,17 @@ class MomentsCache:
             self._refused = True
             reason = getattr(error, "what", None) or getattr(error, "strerror", None) or error
             logger.warning(
-                "the moments are not kept (%s), %s; `analyze compute` takes --cache DIR or "
-                "--no-cache",
+                "the moments are not kept (%s), %s; name another place with --cache DIR, or keep "
+                "none with --no-cache",
                 reason,
                 self.folder,
             )
+
+    def _log_digest(self, stream: str) -> str:
+        if stream not in self._logs:
+            path = relative_to(self._run.stream(stream).log_path, self._run.path)
+            self._logs[stream] = sha256(read_confined(self._run.path, path)).hexdigest()
+        return self._logs[stream]
 
     def _file(self, stream: str, content: str, reference: str) -> Place:
         key = sha256(f"{content}\n{reference}".encode()).hexdigest()
@@ -164,130 +167,24 @@ def cache_of(run: Run, where: Where = True) -> MomentsCache | None:
     return MomentsCache(run, place_of(where) / f"{name}-{mark}")
 
 
-def measured_moments(
-    path: str,
-    streams: Sequence[str],
-    references: Sequence[Reference],
-    *,
-    where: Where = True,
-    scheduler: str | Cluster = "threads",
-    workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Moments:
-    """Give the moments of a run, reading from it only what was not summed before.
-
-    As `analyze.compute.compute_moments`, all seven moments; `where` as in `cache_of`. Bytes behind
-    moments that were kept are not read and so not verified again.
-    """
-    if not references:
-        raise UsageError("there is no reference to measure against", fix="give one, such as final")
-    run = open_run(path)
-    cache = cache_of(run, where)
-    texts = [reference.text for reference in references]
-    identities = [reference.identity(run) for reference in references]
-    kept = _find_all(cache, run, streams, identities)
-    for lacking, names in _by_lack(kept, identities).items():
-        from analyze.compute import compute_moments
-
-        chosen = [references[identities.index(identity)] for identity in lacking]
-        fresh = compute_moments(
-            path, names, chosen, scheduler=scheduler, workers=workers, progress=progress
-        )
-        for name in names:
-            for place, identity in enumerate(lacking):
-                entry = _entry_of(fresh.streams[name], place)
-                kept[name][identity] = entry
-                if cache is not None and run.stream(name).finished:
-                    cache.save(name, identity, entry)
-    found = {
-        name: _joined(run.stream(name), [entries[identity] for identity in identities])
-        for name, entries in kept.items()
-    }
-    return Moments(tuple(texts), found)
-
-
-def lacking_moments(
-    path: str, streams: Sequence[str], references: Sequence[Reference], *, where: Where = True
-) -> list[tuple[list[str], list[Reference]]]:
-    """List what `measured_moments` would sum: some streams, and the references they all lack."""
-    run = open_run(path)
-    identities = [reference.identity(run) for reference in references]
-    kept = _find_all(cache_of(run, where), run, streams, identities)
-    return [
-        (names, [references[identities.index(identity)] for identity in lacking])
-        for lacking, names in _by_lack(kept, identities).items()
-    ]
-
-
-def _find_all(
-    cache: MomentsCache | None, run: Run, streams: Sequence[str], identities: Sequence[str]
-) -> dict[str, dict[str, Entry]]:
-    return {
-        stream: _find(cache, run.stream(stream), identities) for stream in dict.fromkeys(streams)
-    }
-
-
-def _find(
-    cache: MomentsCache | None, stream: Stream, identities: Sequence[str]
-) -> dict[str, Entry]:
-    """Look up by identity of w* what is kept of a stream to which no row will be added."""
-    if cache is None or not stream.finished:
-        return {}
-    found = {identity: cache.load(stream.name, identity) for identity in identities}
-    return {identity: entry for identity, entry in found.items() if entry is not None}
-
-
-def _by_lack(
-    kept: Mapping[str, Mapping[str, Entry]], identities: Sequence[str]
-) -> dict[tuple[str, ...], list[str]]:
-    """Group the streams by the references that they lack, so that each group costs one pass."""
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for name, entries in kept.items():
-        lacking = tuple(one for one in dict.fromkeys(identities) if one not in entries)
-        if lacking:
-            groups.setdefault(lacking, []).append(name)
-    return groups
-
-
-def _entry_of(stream: StreamMoments, reference: int) -> Entry:
-    """Take one reference out of fresh moments."""
-    moments, nonfinite = stream.array[..., reference, :, :], stream.nonfinite[..., reference, :]
-    return Entry(stream.steps, moments, nonfinite)
-
-
-def _joined(stream: Stream, entries: Sequence[Entry]) -> StreamMoments:
-    """Put the entries of several references side by side."""
-    return StreamMoments(
-        stream.name,
-        entries[0].steps,
-        stream.batches,
-        np.stack([entry.moments for entry in entries], axis=-3),
-        np.stack([entry.nonfinite for entry in entries], axis=-2),
-    )
-
-
-def _log_digest(run: Run, stream: Stream) -> str:
-    data = read_confined(run.path, relative_to(stream.log_path, run.path))
-    return sha256(data).hexdigest()
-
-
 def _encode(arrays: Mapping[str, NDArray[Any]], facts: dict[str, str]) -> bytes:
     names = {dtype: name for name, dtype in _DTYPES.items()}
     parts = [
-        (Tensor(name, array.shape, names[array.dtype]), np.ascontiguousarray(array).tobytes())
+        (Tensor(name, array.shape, names[array.dtype]), _bytes_of(array))
         for name, array in arrays.items()
     ]
-    checksum = crc32c(b"".join(data for _, data in parts))
+    checksum = 0
+    for _, data in parts:
+        checksum = crc32c(data, checksum)
     return build(parts, {**facts, "crc32c": f"{checksum:08x}"})
 
 
-def _decode(data: bytes, facts: dict[str, str]) -> dict[str, NDArray[Any]]:
-    """Read what `_encode` wrote; `DamagedError` where it is anything else."""
+def _decode(data: memoryview, facts: dict[str, str]) -> dict[str, NDArray[Any]]:
+    """Read what `_encode` wrote, as views; `DamagedError` where it is anything else."""
     entries = parse(data, "moments")
-    length = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
-    body = data[8 + length :]
-    if metadata != {**facts, "crc32c": f"{crc32c(body):08x}"}:
+    start = 8 + int.from_bytes(data[:8], "little")
+    metadata = json.loads(bytes(data[8:start]))["__metadata__"]
+    if metadata != {**facts, "crc32c": f"{crc32c(data[start:]):08x}"}:
         raise DamagedError("other moments, or damaged ones")
     return {
         name: np.frombuffer(data[entry.start : entry.stop], _DTYPES[entry.tensor.dtype]).reshape(
@@ -295,3 +192,7 @@ def _decode(data: bytes, facts: dict[str, str]) -> dict[str, NDArray[Any]]:
         )
         for name, entry in entries.items()
     }
+
+
+def _bytes_of(array: NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.quantities import ratio
+from analyze.derived import Columns, value_of
 from analyze.resampling import effective_size, step_means
 from analyze.uncertainty import (
     Interval,
@@ -27,7 +27,6 @@ from analyze.uncertainty import (
 )
 
 Values = NDArray[np.float64]
-Columns = Mapping[str, Values]
 
 SHARE = "negative"
 
@@ -44,27 +43,31 @@ class Compared:
     function: Callable[[Columns], Values]
 
 
-def _column(name: str) -> Callable[[Columns], Values]:
-    return lambda columns: columns[name]
+def _of(name: str, symbol: str) -> Compared:
+    return Compared(name, symbol, lambda columns: value_of(name, columns))
 
 
 # No comparison is drawn without the two ratios.
 OF_GRADIENTS = (
-    Compared("cosine", "γ", _column("cosine")),
-    Compared("cosine_null", "γ⁰", _column("cosine_null")),
-    Compared("cosine_ratio", "γ/γ⁰", lambda c: ratio(c["cosine"], c["cosine_null"])),
-    Compared("lolr", "η*", _column("lolr")),
-    Compared("lolr_null", "a_t", _column("lolr_null")),
-    Compared("lolr_ratio", "η*/a_t", lambda c: ratio(c["lolr"], c["lolr_null"])),
-    Compared("rsi", "RSI", _column("rsi")),
-    Compared("eb", "EB", _column("eb")),
-    Compared(SHARE, "γ < 0", _column("cosine")),
-    Compared("z", "z", _column("z")),
+    _of("cosine", "γ"),
+    _of("cosine_null", "γ⁰"),
+    _of("cosine_ratio", "γ/γ⁰"),
+    _of("lolr", "η*"),
+    _of("lolr_null", "a_t"),
+    _of("lolr_ratio", "η*/a_t"),
+    _of("rsi", "RSI"),
+    _of("eb", "EB"),
+    Compared(SHARE, "γ < 0", lambda columns: columns["cosine"]),
+    _of("z", "z"),
 )
 OF_UPDATES = (
-    Compared("descent_update", "-cos(u, e)", lambda c: -c["cosine_update"]),
-    Compared("lolr_update", "-⟨u, e⟩/‖u‖²", _column("lolr_update")),
-    Compared(SHARE, "-cos(u, e) < 0", lambda c: -c["cosine_update"]),
+    _of("descent_update", "-cos(u, e)"),
+    _of("descent_update_null", "γ⁰"),
+    _of("descent_update_ratio", "γ/γ⁰"),
+    _of("lolr_update", "η*/η"),
+    _of("lolr_update_null", "a_t/η"),
+    _of("lolr_update_ratio", "η*/a_t"),
+    Compared(SHARE, "γ < 0", lambda columns: -columns["cosine_update"]),
 )
 
 

@@ -33,7 +33,7 @@ SUMS = {
 
 # Coordinates that are multiplied at a time: of a hundred rows they fit into the processor's second
 # cache. Part of the result, since sums are added tile after tile: never derive it from the machine.
-_TILE = 1024
+TILE = 1024
 
 # A sum of squares below this share of what it was put together from may be wrong in the tenth
 # digit: 1e-16, times some for rounding along the way, over 1e-6.
@@ -144,7 +144,7 @@ def _products(piece: Piece, source: Integers) -> _Products:
 
 
 def _room(matrices: int, rows: int) -> Values:
-    return np.zeros((matrices, rows, _TILE + LANES))
+    return np.zeros((matrices, rows, TILE + LANES))
 
 
 def _filled(rows: int) -> int:

@@ -21,8 +21,13 @@ from capture.store import InputError, MismatchError, StraightwayError, UsageErro
 _CONNECT_SECONDS = 10
 # How long nobody may be there to work: at the start, and after the last worker is lost.
 _WORKER_SECONDS = 120
+# After so many of them it is said that nobody is there.
+_TELL_SECONDS = 5
 _POLL_SECONDS = 0.02
 _LOOK_SECONDS = 1
+_NOISY = ("distributed", "tornado", "asyncio")
+
+logger = logging.getLogger("analyze")
 
 _INSTALL = f"install straightway[analyze] {__version__} where scheduler and workers run"
 
@@ -36,10 +41,11 @@ def run_on_cluster(
     """Call every task on some worker; lost workers' tasks are given to others.
 
     `InputError` where no scheduler answers; `StraightwayError` where it has no worker for
-    `_WORKER_SECONDS`, goes away, or loses several workers over one task; `MismatchError` where a
-    worker has another version of this package. However it ends, nothing is left in the queue.
+    `_WORKER_SECONDS`, which a warning announces, goes away, or loses several workers over one
+    task; `MismatchError` where a worker has another version of this package. However it ends,
+    nothing is left in the queue.
     """
-    with _connected(cluster) as client, _naming(cluster.address):
+    with _silent_dask(), _connected(cluster) as client, _naming(cluster.address):
         _wait_for_a_worker(client, cluster.address)
         _check_versions(client)
         futures = [client.submit(_Returning(task, __version__), pure=False) for task in tasks]
@@ -51,10 +57,26 @@ def run_on_cluster(
 
 
 @contextmanager
+def _silent_dask() -> Iterator[None]:
+    """Keep Dask's logs off the terminal: what they tell of trouble is told here in one line.
+
+    Each of its modules has a logger of its own, some with a level of their own, and its event loop
+    logs what nobody awaits.
+    """
+    names = [name for name in logging.root.manager.loggerDict if name.startswith(_NOISY)]
+    levels = {logger: logger.level for logger in map(logging.getLogger, (*names, *_NOISY))}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+@contextmanager
 def _connected(cluster: Cluster) -> Iterator[Any]:
     address = cluster.address
-    # The client tells its log what is told here in one line.
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
     try:
         options = {"timeout": _CONNECT_SECONDS, "set_as_default": False}
         client = _distributed.Client(address, security=_security(cluster), **options)
@@ -89,11 +111,40 @@ def _security(cluster: Cluster) -> Any:
     )
 
 
+class _Absence:
+    """How long nobody has been there to work: after a while it is said, in the end an error."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self.end()
+
+    def end(self) -> None:
+        """Take note that somebody is there."""
+        self._since, self._told = time.monotonic(), False
+
+    def go_on(self) -> None:
+        """Take note that nobody is there; `StraightwayError` after `_WORKER_SECONDS` of that."""
+        seconds = time.monotonic() - self._since
+        if seconds > _WORKER_SECONDS:
+            raise StraightwayError(
+                f"the cluster has had no worker for {_WORKER_SECONDS} seconds",
+                where=self._address,
+                fix="start workers with `dask worker`, see their logs, then try again",
+            )
+        if seconds > _TELL_SECONDS and not self._told:
+            self._told = True
+            logger.warning(
+                "no workers are there: waiting for one, at most %.0f seconds more: %s",
+                _WORKER_SECONDS - seconds,
+                self._address,
+            )
+
+
 def _wait_for_a_worker(client: Any, address: str) -> None:
-    try:
-        client.wait_for_workers(1, timeout=_WORKER_SECONDS)
-    except TimeoutError as error:
-        raise _no_worker(address) from error
+    absence = _Absence(address)
+    while not client.nthreads():
+        absence.go_on()
+        time.sleep(_LOOK_SECONDS / 5)
 
 
 def _check_versions(client: Any) -> None:
@@ -121,7 +172,7 @@ def _collect(client: Any, address: str, futures: list[Any], take: Take, report: 
     total, done = len(futures), 0
     place = {future.key: number for number, future in enumerate(futures)}
     completed = _distributed.as_completed(futures, loop=client.loop, with_results=True)
-    seen = looked = time.monotonic()
+    looked, absence = time.monotonic(), _Absence(address)
     while done < total:
         batch = completed.next_batch(block=False)
         for future, result in batch:
@@ -136,17 +187,13 @@ def _collect(client: Any, address: str, futures: list[Any], take: Take, report: 
             done += 1
             report(done, total)
             future.release()  # the worker that holds the result may forget it
-        now = time.monotonic()
         if batch:
-            seen = now
-        elif now - looked > _LOOK_SECONDS:
-            looked = now
+            absence.end()
+        elif time.monotonic() - looked > _LOOK_SECONDS:
+            looked = time.monotonic()
             if client.status != "running":
                 raise _gone(address)
-            if client.nthreads():
-                seen = now
-            elif now - seen > _WORKER_SECONDS:
-                raise _no_worker(address)
+            absence.end() if client.nthreads() else absence.go_on()
         else:
             time.sleep(_POLL_SECONDS)
 
@@ -176,14 +223,6 @@ def _naming(address: str) -> Iterator[None]:
 def _gone(address: str) -> StraightwayError:
     return StraightwayError(
         "the scheduler of the cluster went away", where=address, fix="see its log, then try again"
-    )
-
-
-def _no_worker(address: str) -> StraightwayError:
-    return StraightwayError(
-        f"the cluster has had no worker for {_WORKER_SECONDS} seconds",
-        where=address,
-        fix="start workers with `dask worker`, see their logs, then try again",
     )
 
 

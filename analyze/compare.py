@@ -10,12 +10,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from analyze.alignment import AFTER, ALL, EPOCHS, STEPS, Clock, Range, common_range, parts_in
+from analyze.cache import Where
 from analyze.cells import (
     Cell,
     Compared,
@@ -40,6 +41,9 @@ from analyze.uncertainty import Interval, check_level, check_seed
 from analyze.verdict import PARTS
 from capture.store.errors import InputError, UsageError
 
+if TYPE_CHECKING:
+    from analyze.schedulers import Cluster
+
 ALIGNMENTS: Mapping[str, tuple[str, ...]] = {
     "steps": (STEPS,),
     "epochs": (EPOCHS,),
@@ -57,20 +61,24 @@ def compare_runs(
     level: float = 0.95,
     seed: int = 0,
     threshold: float = THRESHOLD,
+    scheduler: str | Cluster = "threads",
+    workers: int | None = None,
+    cache: Where = True,
 ) -> Comparison:
     """Compare runs, or tables of `analyze compute`, in groups of equal settings.
 
     `group_by` names keys of the configuration (`optimizer`, `lr`, `task_args.depth`, …); `align`
     is `steps`, `epochs` or `both`; `parts` some of early, middle, late, `after` (what follows w_N
     for a reference step:N) and `all` (the three as one). Intervals have this `level`; `seed` is
-    that of the bootstrap, `threshold` that of `analyze.interpolation`. `UsageError` for an unknown
+    that of the bootstrap, `threshold` that of `analyze.interpolation`; scheduler, workers and cache
+    are those of `analyze.measure_run`. `UsageError` for an unknown
     key or option, `InputError` where an input is unfit or nothing can be compared.
     """
     check_level(level)
     check_seed(seed)
     units = _units(align)
     chosen = _parts(parts)
-    measured = read_inputs(inputs)
+    measured = read_inputs(inputs, scheduler=scheduler, workers=workers, cache=cache)
     check_names(measured.table)
     table = whole_models(measured.table, measured.runs)
     paths = read_paths(table)
@@ -281,10 +289,10 @@ def _notes(
         yield f"without rows of {stream} against {reference}: {', '.join(missing)}"
     if stream == "updates":
         yield (
-            "updates: -cos(u, e) in the place of γ; what orthogonal gradients alone would give, "
-            "`analyze schedule` tells"
+            "updates: -cos(u, e) in the place of γ, and η* of the step really taken: η*/η is the "
+            "factor by which it should have been longer"
         )
-    elif stream != "minibatch":
+    if stream not in ("minibatch", "updates"):
         yield f"{stream}: no null, only the minibatch gradients made the path"
     else:
         said: dict[str, list[str]] = {}

@@ -21,12 +21,12 @@ import pyarrow.parquet as pq
 import capture
 from analyze.alignment import Range
 from analyze.interpolation import Interpolation
+from analyze.kinds import METADATA_KEY, facts_in
 from analyze.run_groups import Group
-from analyze.tables import METADATA_KEY
-from capture.store.errors import UsageError
+from capture.store.errors import InputError, UsageError
 from capture.store.files import write_durably
 
-VERSION = 1
+VERSION = 2
 FORMATS = (".parquet", ".csv")
 
 # Name, type and meaning; the keys of the groups follow `against`, each as `by_KEY`.
@@ -120,11 +120,70 @@ class Comparison:
             "seed": self.seed,
             "warnings": list(self.warnings),
             "notes": list(dict.fromkeys(note for block in self.blocks for note in block.notes)),
-            "interpolation": [
-                {name: _known(value) for name, value in vars(call).items()}
-                for call in self.interpolation
-            ],
+            "blocks": [_facts_of(block) for block in self.blocks],
+            "interpolation": [_all_known(call) for call in self.interpolation],
         }
+
+
+def read_comparison(table: pa.Table) -> Comparison:
+    """Make the comparison of its table again; `InputError` where it is of another version."""
+    facts = facts_in(table.schema) or {}
+    if facts.get("comparison") != VERSION:
+        raise InputError(
+            "not a table of this version of `analyze compare`", fix="make it again from the runs"
+        )
+    try:
+        return _read(table, facts)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            "the facts in the table of a comparison are damaged", fix="make it again from the runs"
+        ) from error
+
+
+def _read(table: pa.Table, facts: Mapping[str, Any]) -> Comparison:
+    keys = tuple(facts["group_by"])
+    floats = [field.name for field in table.schema if pa.types.is_floating(field.type)]
+    rows = [
+        row | {name: math.nan if row[name] is None else row[name] for name in floats}
+        for row in table.to_pylist()
+    ]
+    values = {row["group"]: tuple(row[f"by_{key}"] for key in keys) for row in rows}
+    return Comparison(
+        keys=keys,
+        groups=tuple(
+            Group(label, values.get(label, (label,) * len(keys)), tuple(runs))
+            # In the order of the rows: that of the metadata is the alphabet's.
+            for label in dict.fromkeys([*values, *facts["groups"]])
+            for runs in (facts["groups"][label],)
+        ),
+        level=float(facts["level"]),
+        seed=int(facts["seed"]),
+        warnings=tuple(facts["warnings"]),
+        blocks=tuple(_block(own, rows) for own in facts["blocks"]),
+        interpolation=tuple(Interpolation(**_floats(call)) for call in facts["interpolation"]),
+    )
+
+
+def _block(facts: Mapping[str, Any], rows: list[dict[str, Any]]) -> Block:
+    reach = Range(**_floats(facts["range"]))
+    key = (reach.unit, facts["reference"], facts["stream"])
+    own = (row for row in rows if (row["align"], row["reference"], row["stream"]) == key)
+    others = {name: facts[name] for name in ("reference", "stream", "runs", "same")}
+    return Block(range=reach, rows=tuple(own), notes=tuple(facts["notes"]), **others)
+
+
+def _facts_of(block: Block) -> dict[str, Any]:
+    own = {name: getattr(block, name) for name in ("reference", "stream", "runs", "same")}
+    return own | {"range": _all_known(block.range), "notes": list(block.notes)}
+
+
+def _all_known(value: Range | Interpolation) -> dict[str, Any]:
+    return {name: _known(each) for name, each in vars(value).items()}
+
+
+def _floats(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """NaN again where a number was not known."""
+    return {name: math.nan if value is None else value for name, value in facts.items()}
 
 
 def check_format(path: str | os.PathLike[str]) -> None:

@@ -10,19 +10,21 @@ from analyze.alignment import STEPS
 from analyze.cells import SHARE, compared_in
 from analyze.comparison import Block, Comparison
 from analyze.curves import shorten
-from analyze.interpolation import UNKNOWN
+from analyze.derived import NULLS
+from analyze.interpolation import UNKNOWN, Interpolation
 from analyze.quantities import SIGN
-from analyze.text_table import NONE, aligned, number, wrapped
+from analyze.text_table import NONE, aligned, bounds, number, wrapped
 from analyze.verdict import END_SHARE
 
 # More differences than these are for the table, not for the eye.
 _MOST_PAIRS = 6
 
 # The quantities of tables that stand one below the other; the first has its bands and differences.
-_OF_GRADIENTS = (("cosine", "cosine_ratio", "lolr_ratio"), (SHARE, "rsi", "eb", "z"))
-_OF_UPDATES = (("descent_update", "lolr_update", SHARE),)
-# What a ratio is a ratio to. It is 0 for what follows w_N: no such gradient is part of the way.
-_NULLS = {"cosine_ratio": "cosine_null", "lolr_ratio": "lolr_null"}
+OF_GRADIENTS = (("cosine", "cosine_ratio", "lolr_ratio"), (SHARE, "rsi", "eb", "z"))
+OF_UPDATES = (
+    ("descent_update", "descent_update_ratio", "lolr_update_ratio"),
+    (SHARE, "lolr_update"),
+)
 _ALWAYS = ("cosine", "descent_update")
 
 # Largest over the batches: the norm at w_T, and its share of that at w_0.
@@ -53,32 +55,36 @@ def _block(block: Block, comparison: Comparison) -> str:
     if not block.rows:
         why = "some run does not tell its epochs, or the runs have no rows in common"
         return "\n".join([f"{head}: nothing to compare, {why}", _wrapped(block.notes)])
-    symbols = {quantity.name: quantity.symbol for quantity in compared_in(block.stream)}
-    tables = [
-        {name: symbols[name] for name in names}
-        for names in (_OF_UPDATES if block.stream == "updates" else _OF_GRADIENTS)
-    ]
-    groups = [row for row in block.rows if row["against"] is None]
+    tables = OF_UPDATES if block.stream == "updates" else OF_GRADIENTS
+    columns = _columns(block, tables[0])
     parts = [f"{head}, {block.range.describe()}   {runs}"]
-    parts += ["\n".join(_aligned(_numbers(groups, columns, comparison))) for columns in tables]
-    parts.append("\n".join(_aligned(_bands(groups, tables[0], comparison))))
+    parts += ["\n".join(_aligned(numbers_table(block, names, comparison))) for names in tables]
+    groups = [row for row in block.rows if row["against"] is None]
+    parts.append("\n".join(_aligned(_bands(groups, columns, comparison))))
     pairs = [row for row in block.rows if row["against"] is not None]
     count = len({(row["group"], row["against"]) for row in pairs})
     if count > _MOST_PAIRS:
         parts.append(f"{count} differences between groups: see the table that --out writes")
     elif pairs:
-        parts.append("\n".join(_aligned(_differences(pairs, tables[0], comparison))))
+        parts.append("\n".join(_aligned(_differences(pairs, columns, comparison))))
     return "\n".join([*parts, _wrapped(block.notes)]).rstrip()
 
 
-def _numbers(rows: Sequence[Row], columns: Columns, comparison: Comparison) -> list[list[str]]:
-    """Value and interval: one line for each part and group."""
+def numbers_table(block: Block, names: Sequence[str], comparison: Comparison) -> list[list[str]]:
+    """Value and interval of the quantities `names`: a head, a row for each part and group."""
+    columns = _columns(block, names)
     found = [["part", *comparison.keys, "n", *columns.values()]]
-    for part, label, own in _lines(rows, "group"):
+    groups = [row for row in block.rows if row["against"] is None]
+    for part, label, own in _lines(groups, "group"):
         count = max(row["runs"] for row in own.values())
         cells = [_number(own, name, count) for name in columns]
         found.append([part, *_values(label, comparison), str(count), *cells])
     return found
+
+
+def _columns(block: Block, names: Sequence[str]) -> Columns:
+    symbols = {quantity.name: quantity.symbol for quantity in compared_in(block.stream)}
+    return {name: symbols[name] for name in names}
 
 
 def _bands(rows: Sequence[Row], columns: Columns, comparison: Comparison) -> list[list[str]]:
@@ -90,7 +96,7 @@ def _bands(rows: Sequence[Row], columns: Columns, comparison: Comparison) -> lis
         first = own[names[0]]
         block = NONE if first["block"] is None else str(first["block"])
         counts = [str(first["rows"]), str(first["steps"]), number(first["effective_steps"]), block]
-        cells = [_between(own[name]["q10"], own[name]["q90"], "[]") or NONE for name in names]
+        cells = [bounds(own[name]["q10"], own[name]["q90"]) or NONE for name in names]
         found.append([part, *_values(label, comparison), *counts, *cells])
     return found
 
@@ -126,45 +132,54 @@ def _number(own: Mapping[str, Row], name: str, count: int) -> str:
     """`0.3 [0.2, 0.4]`; in parentheses within one run; with n where some runs have no number."""
     row = own[name]
     if not math.isfinite(row["value"]):
-        null = own[_NULLS[name]]["value"] if name in _NULLS else math.inf
+        # It is 0 for what follows w_N: no such gradient is part of the way.
+        null = own[NULLS[name]]["value"] if name in NULLS else math.inf
         return "no null" if math.isnan(null) else "null is 0" if null == 0 else NONE
     share = name == SHARE
     scale, unit = (100.0, " %") if share else (1.0, "")
     within = row["method"].startswith(("block", "Wilson")) and row["runs"] == 1
     words = [f"{number(scale * row['value'])}{unit}"]
-    words.append(_between(scale * row["low"], scale * row["high"], "()" if within else "[]"))
+    words.append(bounds(scale * row["low"], scale * row["high"], "()" if within else "[]"))
     if row["runs"] != count:
         words.append(f"n={row['runs']}")
     return " ".join(word for word in words if word)
 
 
-def _between(low: float, high: float, signs: str) -> str:
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return ""
-    return f"{signs[0]}{number(low)}, {number(high)}{signs[1]}"
-
-
 def _interpolation(comparison: Comparison) -> str:
     """The calls with their evidence; runs of which nothing was measured share a line."""
-    cells = [_CALL]
     silent: dict[str, list[str]] = {}
     for call in comparison.interpolation:
-        numbers = (call.loss_start, call.loss, call.gradient_norm, call.gradient)
-        if not call.batches and call.verdict == UNKNOWN:
+        if _is_silent(call):
             silent.setdefault(call.reason, []).append(call.run)
-            continue
-        cells.append(
-            [shorten(call.run), call.verdict, *map(number, numbers), str(call.batches), call.reason]
-        )
     bound = comparison.interpolation[0].threshold
     rule = (
         "interpolation, from training loss and gradients of single batches as shares of their "
         f"values at w_0: both ≤ {bound:g}, it does not where one ≥ {math.sqrt(bound):.3g}"
     )
     lines = [_wrapped([rule])]
+    cells = evidence_table(comparison)
     lines += _aligned(cells) if len(cells) > 1 else []
     said = [f"{', '.join(runs)}: {UNKNOWN}; {why}" for why, runs in silent.items()]
     return "\n".join([*lines, *([_wrapped(said)] if said else [])])
+
+
+def evidence_table(comparison: Comparison, *, silent: bool = False) -> list[list[str]]:
+    """The calls of interpolation: a head, and a row for each run of which anything was measured.
+
+    With `silent`, the others too.
+    """
+    cells = [_CALL]
+    for call in comparison.interpolation:
+        numbers = (call.loss_start, call.loss, call.gradient_norm, call.gradient)
+        if silent or not _is_silent(call):
+            batches = str(call.batches)
+            run = shorten(call.run)
+            cells.append([run, call.verdict, *map(number, numbers), batches, call.reason])
+    return cells
+
+
+def _is_silent(call: Interpolation) -> bool:
+    return not call.batches and call.verdict == UNKNOWN
 
 
 def _reading(comparison: Comparison) -> str:

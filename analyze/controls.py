@@ -28,22 +28,35 @@ r_t = (0, β² c_t) where c_t = η_t + β c_{t+1}. For heavy ball -η_t ⟨u_t, 
 too: an update that orthogonal gradients made goes on in its momentum. For t > N the path from w_N
 to w_t does not contain g_t, and ⟨g_t, e_t⟩₀ = 0. The derivation is our own.
 
+After w* the gradients since then are orthogonal to x_N: with R_t = F_{t-1} … F_N, and S' that
+starts with S'_N = 0,
+
+    ‖e_t‖²₀ = r_t S_N r_tᵀ + S'_t[0, 0],        r_t = (1, 0) R_t - (1, 0) = Σ_{N≤s<t} v_s R_s,
+    ⟨u_t, e_t⟩₀ = v_t R_t S_N r_tᵀ + v_t S'_t[:, 0].
+
+F, G and all products of them are those of a parameter group. The norms of the tensors enter in sums
+Σ z_s² ‖g_s‖² alone, each over the steps between two that are asked for.
+
 Sums go tensor by tensor. A tensor that the optimizer does not update adds nothing to e. Exact where
 the momentum buffers were empty at w_0 and every updated tensor had a gradient in every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from analyze.recurrences import solve
+
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+
+# Numbers that are multiplied at a time.
+_AT_ONCE = 2**18
 
 
 class Recursion(NamedTuple):
@@ -97,11 +110,16 @@ class OwnPath:
 
         Nothing on a path that passes through it has a null.
         """
-        start = np.isfinite(self.initial_norms[self._decayed()]).all()
-        sound = np.isfinite(self.grad_norms).all(axis=1)
-        for part in self.recursion:
-            sound &= np.isfinite(part).all(axis=1)
-        return 0 if not start else None if sound.all() else int(np.argmin(sound))
+        return None if self._sound == len(self.grad_norms) else self._sound
+
+    @cached_property
+    def _sound(self) -> int:
+        """How many steps there are before anything is not finite."""
+        if not np.isfinite(self.initial_norms[self._decayed()]).all():
+            return 0
+        parts = (self.grad_norms, *self.recursion)
+        sound = np.all([np.isfinite(part).all(axis=1) for part in parts], axis=0)
+        return int(np.argmin(np.append(sound, False)))
 
     def _decayed(self) -> NDArray[np.bool_]:
         """Which tensors weight decay reaches, ``[P]``."""
@@ -111,21 +129,29 @@ class OwnPath:
     def null(self, steps: Integers, end: int) -> Null:
         """Compute the null at `steps`, in ascending order, with w* = w_`end`.
 
-        NaN at the step `end` itself, where e = 0, and at steps from which no update was taken.
+        NaN at the step `end` itself, where e = 0, at steps from which no update was taken, and
+        where the path is unsound.
         """
-        shape = (len(steps), len(self.groups))
-        dot, grad, dist, along, square = (np.full(shape, np.nan) for _ in Null._fields)
-        inside = steps < len(self.grad_norms)
-        grad[inside] = self.grad_norms[steps[inside]] ** 2
+        found = Null(*(np.full((len(steps), len(self.groups)), np.nan) for _ in Null._fields))
+        if end > self._sound:
+            return found
+        inside = int(np.searchsorted(steps, self._sound))
         # Without decay w_0 has no part in e; it is left out, not cancelled.
         start = np.where(self._decayed(), self.initial_norms, 0.0)
-        shares = _own_shares(self.recursion, end)
-        _ahead(shares[0], self.grad_norms, self.groups, steps, end, dot, dist)
-        found = (dist, along, square)
-        _behind(self.recursion, shares, self.grad_norms, start, self.groups, steps, end, *found)
-        dot[inside & (steps > end)] = 0.0
-        along[steps == end] = np.nan
-        return Null(dot, grad, *found)
+        for group in np.unique(self.groups):
+            mine = np.flatnonzero(self.groups == group)
+            for here in np.array_split(mine, -(-mine.size * len(steps) // _AT_ONCE) or 1):
+                way = _Way(self._rules(group), self.grad_norms[:, here], start[here])
+                for values, own in zip(found, way.null(steps[:inside], end), strict=True):
+                    values[:inside, here] = own
+        return found
+
+    def _rules(self, group: int) -> Recursion:
+        """F and G of a group, each ``[S]``; without a group nothing moves."""
+        if group >= 0:
+            return Recursion(*(part[:, group] for part in self.recursion))
+        zero = np.zeros(len(self.grad_norms))
+        return Recursion(zero, zero, zero, zero + 1, zero, zero)
 
 
 def sgd_recursion(
@@ -145,118 +171,115 @@ def sgd_recursion(
     return Recursion(*(np.ascontiguousarray(part, dtype=np.float64) for part in parts))
 
 
-def _compile(function: Callable[..., Any]) -> Any:
-    try:
-        return numba.njit(cache=True)(function)
-    except RuntimeError:  # no folder to keep compiled functions in: compile them each time
-        return numba.njit(function)
+class _Way:
+    """The way of P tensors of one group: `rules` ``[S]``, ‖g_s‖ ``[S, P]`` and ‖w_0‖ ``[P]``.
 
-
-@_compile
-def _own_shares(recursion: Recursion, end: int) -> tuple[Floats, Floats, Floats]:
-    """Run q backwards from `end`: a_s ``[N, G]`` and the two entries of r_t ``[N + 1, G]``."""
-    groups = recursion.push.shape[1]
-    share = np.zeros((end, groups))
-    weight, buffer = np.zeros((end + 1, groups)), np.zeros((end + 1, groups))
-    for step in range(end - 1, -1, -1):
-        for group in range(groups):
-            after_w, after_m = weight[step + 1, group], buffer[step + 1, group]
-            shrink, gain = recursion.shrink[step, group], recursion.gain[step, group]
-            share[step, group] = (1 - after_w) * recursion.push[step, group] + after_m * gain
-            weight[step, group] = (
-                shrink + after_w * (1 - shrink) + after_m * recursion.feed[step, group]
-            )
-            buffer[step, group] = (1 - after_w) * recursion.carry[step, group] + (
-                after_m * recursion.keep[step, group]
-            )
-    return share, weight, buffer
-
-
-@_compile
-def _ahead(
-    share: Floats,
-    grad_norms: Floats,
-    groups: Integers,
-    steps: Integers,
-    end: int,
-    dot: Floats,
-    dist: Floats,
-) -> None:
-    """Before `end`: set ⟨g_t, e_t⟩₀, and ‖e_t‖²₀ to the part of the gradients from t on."""
-    tail = np.zeros(len(groups))
-    row = len(steps) - 1
-    while row >= 0 and steps[row] >= end:
-        row -= 1
-    for step in range(end - 1, -1, -1):
-        for tensor in range(len(groups)):
-            if groups[tensor] >= 0:
-                tail[tensor] += (share[step, groups[tensor]] * grad_norms[step, tensor]) ** 2
-        if row >= 0 and steps[row] == step:
-            for tensor in range(len(groups)):
-                own = share[step, groups[tensor]] if groups[tensor] >= 0 else 0.0
-                dot[row, tensor] = own * grad_norms[step, tensor] ** 2
-                dist[row, tensor] = tail[tensor]
-            row -= 1
-
-
-@_compile
-def _behind(
-    recursion: Recursion,
-    shares: tuple[Floats, Floats, Floats],
-    grad_norms: Floats,
-    start: Floats,
-    groups: Integers,
-    steps: Integers,
-    end: int,
-    dist: Floats,
-    along: Floats,
-    update_square: Floats,
-) -> None:
-    """Before `end`: add the part of the state x_t to ‖e_t‖²₀; after it, set ‖w_t - w_N‖²₀.
-
-    Set ⟨u_t, e_t⟩₀ and ‖u_t‖²₀ of every update. All follow from the inner products of w, m and
-    e = w - w_N (0 before N), carried forward.
+    S is kept as its entries (0, 0), (0, 1) and (1, 1): ``[3, T, P]`` at T steps.
     """
-    shrink, carry, feed, keep, push, gain = recursion
-    count = len(groups)
-    ww, wm, mm = start**2, np.zeros(count), np.zeros(count)
-    ee, ew, em = np.zeros(count), np.zeros(count), np.zeros(count)
-    row = 0
-    for s in range(len(grad_norms)):
-        if row == len(steps):
-            return
-        wanted = steps[row] == s
-        if wanted:
-            for p in range(count):
-                if s > end:
-                    dist[row, p] = ee[p]
-                elif s < end and groups[p] >= 0:
-                    r_w, r_m = shares[1][s, groups[p]], shares[2][s, groups[p]]
-                    dist[row, p] += r_w**2 * ww[p] + 2 * r_w * r_m * wm[p] + r_m**2 * mm[p]
-                along[row, p] = update_square[row, p] = 0.0
-        for p in range(count):
-            k = groups[p]
-            if k < 0:
-                continue
-            a, b, f, h = shrink[s, k], carry[s, k], feed[s, k], keep[s, k]
-            square = grad_norms[s, p] ** 2
-            # Products of the step v = w_{s+1} - w_s = -(a w + b m + push g) with w, m, v and e.
-            vw, vm = -(a * ww[p] + b * wm[p]), -(a * wm[p] + b * mm[p])
-            vv = push[s, k] ** 2 * square - a * vw - b * vm
-            ve = -(a * ew[p] + b * em[p])
-            if wanted:
-                update_square[row, p] = vv
-                along[row, p] = ve
-                if s < end:
-                    own = push[s, k] * shares[0][s, k] * square
-                    along[row, p] = shares[1][s, k] * vw + shares[2][s, k] * vm - own
-            if s >= end:
-                em[p] = f * (ew[p] + vw) + h * (em[p] + vm) - push[s, k] * gain[s, k] * square
-                ew[p] += ve + vw + vv
-                ee[p] += 2 * ve + vv
-            next_m = f * vw + h * vm - push[s, k] * gain[s, k] * square
-            next_m += f * ww[p] + h * wm[p]
-            mm[p] = f * f * ww[p] + 2 * f * h * wm[p] + h * h * mm[p] + gain[s, k] ** 2 * square
-            wm[p] = next_m
-            ww[p] += 2 * vw + vv
-        row += wanted
+
+    def __init__(self, rules: Recursion, norms: Floats, start: Floats) -> None:
+        shrink, carry, feed, keep, push, gain = rules
+        self._f = np.array([[1 - shrink, -carry], [feed, keep]])
+        self._g = np.array([-push, gain])
+        self._v = np.array([-shrink, -carry])
+        self._norms = norms
+        self._start = np.array([start**2, 0 * start, 0 * start])
+
+    def null(self, steps: Integers, end: int) -> Null:
+        """Compute the null at steps from which an update was taken."""
+        grad, push, v = self._norms[steps] ** 2, -self._g[0, steps, None], self._v[:, steps]
+        states = self._states(steps, 0, self._start)
+        null = Null(*(np.full_like(grad, np.nan) for _ in Null._fields))
+        null.grad[:] = grad
+        null.update_square[:] = _product(v, states, v) + push**2 * grad
+        own, rest = self._shares(end)
+        here = np.flatnonzero(steps < end)
+        r = rest[:, steps[here]]
+        null.dot[here] = own[steps[here], None] * grad[here]
+        ahead = _between(own[None] ** 2, self._norms, np.append(steps[here], end))[0]
+        null.dist[here] = _product(r, states[:, here], r) + np.cumsum(ahead[::-1], axis=0)[::-1]
+        null.update_dot[here] = _product(v[:, here], states[:, here], r)
+        null.update_dot[here] -= push[here] * null.dot[here]
+        here = np.flatnonzero(steps > end)
+        null.dot[here] = 0.0
+        null.dist[here], null.update_dot[here] = self._after(steps[here], end)
+        return null
+
+    def _after(self, steps: Integers, end: int) -> tuple[Floats, Floats]:
+        """‖e‖²₀ and ⟨u, e⟩₀ at steps after `end`, each ``[T, P]``."""
+        last = int(steps.max(initial=end))
+        f, v = self._f[..., end:last], self._v[:, steps]
+        since = solve(f, np.zeros((2, last - end, 2)), np.eye(2))
+        moved = np.einsum("is,isj->js", self._v[:, end:last], since[:, :-1])
+        rest = np.pad(np.cumsum(moved, axis=1), ((0, 0), (1, 0)))[:, steps - end]
+        at_end = self._states(np.array([end]), 0, self._start)
+        states = self._states(steps, end, np.zeros_like(self._start))
+        along = np.einsum("is,isj->js", v, since[:, steps - end])
+        dist = _product(rest, at_end, rest) + states[0]
+        return dist, _product(along, at_end, rest) + v[0, :, None] * states[0] + (
+            v[1, :, None] * states[1]
+        )
+
+    def _shares(self, end: int) -> tuple[Floats, Floats]:
+        """a_s ``[N]`` and r_t ``[2, N + 1]`` of w* = w_N, from r_t = r_{t+1} F_t - v_t.
+
+        q_t = q_{t+1} F_t goes along with r_t: of 1 - q, as of 1 - r, digits would be lost.
+        """
+        back, terms = self._f[..., :end].swapaxes(0, 1), np.zeros((2, end, 2))
+        terms[..., 0] = -self._v[:, :end]
+        found = solve(back[..., ::-1], terms[:, ::-1], np.array([[0.0, 1.0], [0.0, 0.0]]))
+        rest, q = np.moveaxis(found[:, ::-1], -1, 0)
+        return -(q[:, 1:] * self._g[:, :end]).sum(axis=0), rest
+
+    def _states(self, steps: Integers, first: int, start: Floats) -> Floats:
+        """S at ascending `steps` from the step `first` on, where it is `start` ``[3, P]``."""
+        bounds = np.append(first, steps) - first
+        f, g = (part[..., first : first + bounds[-1]] for part in (self._f, self._g))
+        over, rest = _products(f, bounds)
+        z = np.einsum("ijs,js->is", rest, g)
+        made = _between(np.array([z[0] ** 2, z[0] * z[1], z[1] ** 2]), self._norms[first:], bounds)
+        ((a, b), (c, d)) = over
+        square = np.array(
+            [
+                [a * a, 2 * a * b, b * b],
+                [a * c, a * d + b * c, b * d],
+                [c * c, 2 * c * d, d * d],
+            ]
+        )
+        return solve(square, made, start)[:, 1:]
+
+
+def _products(f: Floats, bounds: Integers) -> tuple[Floats, Floats]:
+    """F_{t-1} … F_s for s each of the T `bounds` but the last, t the next: ``[2, 2, T - 1]``.
+
+    And F_{t-1} … F_{s+1} for each of the n steps s, t the next bound: ``[2, 2, n]``.
+    """
+    last = np.zeros(f.shape[-1], bool)
+    last[bounds[bounds > 0] - 1] = True
+    factors = np.where(last, 0.0, f.swapaxes(0, 1))
+    terms = np.where(last[:, None], f.transpose(1, 2, 0), 0.0)
+    found = solve(factors[..., ::-1], terms[:, ::-1], np.zeros((2, 2)))[:, ::-1].transpose(2, 0, 1)
+    one = np.eye(2)[..., None]
+    over = np.where(bounds[1:] > bounds[:-1], found[..., bounds[:-1]], one)
+    return over, np.where(last, one, found[..., 1:])
+
+
+def _between(weights: Floats, norms: Floats, bounds: Integers) -> Floats:
+    """Σ weight_s ‖g_s‖² from each bound to the next, of weights ``[K, S]``: ``[K, T - 1, P]``."""
+    lengths, width = np.diff(bounds), norms.shape[1]
+    found = np.empty((len(weights), len(lengths), width))
+    # Those of one length together, but not more than lie well in memory.
+    for length in np.unique(lengths):
+        those = np.flatnonzero(lengths == length)
+        for some in np.array_split(those, -(-len(those) * length * width // _AT_ONCE) or 1):
+            steps = bounds[some, None] + np.arange(length)
+            # Not by BLAS: a sum that it shares out among threads depends on how many there are.
+            found[:, some] = np.einsum("ktl,tlp->ktp", weights[:, steps], norms[steps] ** 2)
+    return found
+
+
+def _product(left: Floats, states: Floats, right: Floats) -> Floats:
+    """l S rᵀ for l and r ``[2, T]`` and S ``[3, T, P]``: ``[T, P]``."""
+    l_0, l_1, r_0, r_1 = (part[:, None] for part in (*left, *right))
+    ww, wm, mm = states
+    return np.asarray(l_0 * r_0 * ww + (l_0 * r_1 + l_1 * r_0) * wm + l_1 * r_1 * mm)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from analyze.axes import Values
+from analyze.derived import DERIVED, value_of
 
 KEYS = ("run", "stream", "step", "epoch", "batch", "group", "reference", "num_parameters")
 MEASURED = (
@@ -24,6 +25,9 @@ MEASURED = (
     "cosine_null",
     "lolr_null",
     "cosine_update",
+    "cosine_update_null",
+    "lolr_update",
+    "lolr_update_null",
     "loss",
     "lr",
     "nonfinite",
@@ -63,19 +67,10 @@ def read_columns(table: Any, sizes: Mapping[str, int]) -> dict[str, npt.NDArray[
     for name in (*KEYS, *MEASURED):
         values = table.column(name).to_numpy(zero_copy_only=False)
         columns[name] = values if values.dtype == object else values.astype(np.float64)
-    columns["cosine_ratio"] = _ratio(columns["cosine"], columns["cosine_null"])
-    columns["lolr_ratio"] = _ratio(columns["lolr"], columns["lolr_null"])
-    columns["descent_update"] = -columns["cosine_update"]
+    columns |= {name: value_of(name, columns) for name in DERIVED}
     known = np.array([sizes.get(run, np.nan) for run in columns["run"]])
     columns["whole"] = (columns["group"] == "model") & ~(columns["num_parameters"] < known)
     return columns
-
-
-def _ratio(values: Values, null: Values) -> Values:
-    """Undefined where the null is 0, as it is beyond w* on the path."""
-    result = np.full(values.size, np.nan)
-    np.divide(values, null, out=result, where=null != 0)
-    return result
 
 
 def select(columns: Columns, **wanted: str | bool) -> Columns:

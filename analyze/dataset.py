@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 import xarray as xr
 from numpy.typing import NDArray
 
-from analyze.tables import METADATA_KEY, read_metadata, schema
+from analyze.columns import schema
+from analyze.tables import METADATA_KEY, read_metadata
 from capture.store.errors import InputError, UnknownNameError, UsageError
 
 AXES = ("run", "step", "batch", "group", "reference")

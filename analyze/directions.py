@@ -4,7 +4,7 @@ With w_{t+1} = w_t - η_t d_t for the recorded updates d = -u/η_t, whatever the
 minibatch gradients of plain SGD d = g + λw, with g clipped where it was clipped. The rate that
 lands closest to w* is ⟨d, e⟩ / ‖d‖².
 
-Axes: N rows of one stream, K groups of tensors.
+Axes: N rows of one stream.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analyze.measure import Measure
 from analyze.optimizer import read_optimizer
 from analyze.quantities import Values, ratio
-from analyze.sums import sum_groups, unclipping
+from analyze.sums import unclipping
 from capture.store.errors import RESTORE, DamagedError, InputError, UsageError
 from capture.store.layout import METADATA
 from capture.store.reader import Run
@@ -108,14 +107,9 @@ def last_step(run: Run, steps: Integers) -> int:
     return int(steps.max(initial=0)) if run.final_step is None else run.final_step
 
 
-def update_null(run: Run, reference: str, steps: Integers, groups: Integers) -> Values | None:
-    """η · lolr_update if gradients were orthogonal, in units of η: ``[N, K]``, `None` without."""
-    found = Measure(run).update_null(reference, steps)
-    if found is None:
-        return None
-    dot, square = found
-    sums = sum_groups({"dot": dot, "square": square}, groups, int(groups.max()) + 1)
-    return ratio(-sums["dot"], sums["square"])
+def rated_streams(run: Run) -> list[str]:
+    """The streams of a run that tell learning rates."""
+    return [name for name in SOURCES if has_rows(run, name)]
 
 
 def has_rows(run: Run, stream: str) -> bool:

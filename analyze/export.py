@@ -8,16 +8,22 @@ from __future__ import annotations
 import io
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
-from analyze.dataset import FACTS, to_tree
+from analyze.cache import Where
+from analyze.dataset import FACTS
+from analyze.flat_dataset import tree_of
 from analyze.inputs import read_inputs
+from analyze.kinds import WRITERS, kind_of
+from analyze.other_tables import one_other
 from analyze.tables import write_table
 from analyze.verdict_tex import verdict_tex
 from capture.store.errors import InputError, UsageError
@@ -25,20 +31,36 @@ from capture.store.files import remove, sync_folder, write_durably, writing
 from capture.store.layout import METADATA
 from capture.store.target import check_folder_target, check_target
 
+if TYPE_CHECKING:
+    from analyze.schedulers import Cluster
+
 _ZARR = ".zarr"
 # In elements: a packed variable of fewer takes more room than a plain one.
 _WORTH_PACKING = 2**14
 
 
-def export_inputs(inputs: Sequence[str], out: str | os.PathLike[str]) -> Path:
+def export_inputs(
+    inputs: Sequence[str],
+    out: str | os.PathLike[str],
+    *,
+    scheduler: str | Cluster = "threads",
+    workers: int | None = None,
+    cache: Where = True,
+) -> Path:
     """Write runs, and tables of `analyze compute`, as one table in the format of `out`'s suffix.
 
-    A run is measured against final, as a whole and by layer. Formats, and the errors of the place,
-    are those of `export_table`; `UsageError` too where `out` is an input, `InputError` for an
-    input that is neither run nor table. Then nothing is written.
+    Or tables of `pairs`, of its noise or of `pca`, or one of `compare`: all of one kind.
+
+    A run is measured against final, as a whole and by layer; scheduler, workers and cache are those
+    of `analyze.measure_run`. Formats, and the errors of the place, are those of `export_table`;
+    `UsageError` too where `out` is an input, `InputError` for an input that is neither run nor
+    table. Then nothing is written.
     """
     target = _check(out, inputs)
-    _write(read_inputs(inputs).table, target)
+    table = one_other(inputs)
+    if table is None:
+        table = read_inputs(inputs, scheduler=scheduler, workers=workers, cache=cache).table
+    _write(table, target)
     return target
 
 
@@ -52,9 +74,11 @@ def export_table(table: pa.Table, out: str | os.PathLike[str]) -> Path:
     - ``.zarr``: Zarr 3, a folder, a group for each stream, as in NetCDF.
     - ``.tex``: the numbers of the verdict, a LaTeX table for each run and reference.
 
-    Groups are those of `to_dataset`. `UsageError` for another suffix or a place that may not be
-    written, `InputError` for a table without rows or one that the format cannot hold, `WriteError`
-    where the disk refuses.
+    Groups are those of `to_dataset`; of other kinds of tables those of
+    `analyze.flat_dataset.rows_tree`, and none of them goes to ``.tex``.
+
+    `UsageError` for another suffix or a place that may not be written, `InputError` for a table
+    without rows or one that the format cannot hold, `WriteError` where the disk refuses.
     """
     target = _check(out, ())
     _write(table, target)
@@ -93,7 +117,7 @@ def _write_csv(table: pa.Table, target: Path) -> None:
 
 
 def _write_netcdf(table: pa.Table, target: Path) -> None:
-    tree = to_tree(table)
+    tree = tree_of(table)
     # Columns that do not apply to a stream are NaN throughout; what is small only grows.
     encoding: dict[str, Any] = {
         child.path: {
@@ -108,6 +132,13 @@ def _write_netcdf(table: pa.Table, target: Path) -> None:
 
 
 def _write_tex(table: pa.Table, target: Path) -> None:
+    kind = kind_of(table.schema)
+    if kind not in (None, "compute"):
+        raise UsageError(
+            f"a table of {WRITERS[str(kind)]} has no verdict to set in LaTeX",
+            where=target,
+            fix="end the name in .csv, .parquet, .nc or .zarr",
+        )
     write_durably(target, verdict_tex(table).encode(), target.parent)
 
 
@@ -121,17 +152,37 @@ _FILES: Mapping[str, Callable[[pa.Table, Path], None]] = {
 
 def _write_zarr(table: pa.Table, target: Path) -> None:
     """Write beside the target, then rename; an older export steps aside until that is done."""
-    tree = to_tree(table)
+    with ThreadPoolExecutor(1) as pool:
+        # Where no Ctrl-C can break into it: Zarr's own tasks would be left behind, and heard of.
+        files = pool.submit(_zarr_files, table).result()
     new, old = (target.with_name(f"{target.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     try:
         with writing(target):
-            tree.to_zarr(new, mode="w", zarr_format=3, consolidated=False)
+            for name, data in files.items():
+                file = new / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(data)
             _sync(new)
             _swap(new, target, old)
     finally:
         remove(new)
         if target.exists():
             remove(old)
+
+
+def _zarr_files(table: pa.Table) -> dict[str, bytes]:
+    """The files of a Zarr store by their names, with all metadata in one place as well.
+
+    There `xarray.open_zarr` looks first; Zarr warns that other readers may not know it, which find
+    the usual metadata beside it. In memory, since Zarr writes with threads that go on after Ctrl-C.
+    """
+    from zarr.storage import MemoryStore
+
+    files: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Consolidated metadata is currently not part")
+        tree_of(table).to_zarr(MemoryStore(files), mode="w", zarr_format=3, consolidated=True)
+    return {name: buffer.to_bytes() for name, buffer in files.items()}
 
 
 def _swap(new: Path, target: Path, old: Path) -> None:

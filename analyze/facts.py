@@ -9,6 +9,8 @@ import numpy as np
 
 from analyze.axes import Values, number_label
 from analyze.curves import Curve
+from analyze.run_groups import ABSENT, text_of
+from analyze.text_table import span
 from capture.store.errors import InputError
 
 Facts = list[tuple[str, str]]
@@ -114,14 +116,14 @@ def _optimizer(optimizer: Mapping[str, Any], config: Mapping[str, Any], momenta:
     if name is None:
         return None
     parts = [str(name)]
-    momentum = _number(config["momentum"]) if "momentum" in config else _range(momenta)
-    if momentum not in (None, "0"):
+    momentum = text_of(config["momentum"]) if "momentum" in config else span(momenta)
+    if momentum not in (None, ABSENT, "0"):
         kind = "Nesterov momentum" if optimizer.get("nesterov") else "momentum"
         parts.append(f"{kind} {momentum}")
     if config.get("weight_decay"):
         kind = str(optimizer.get("weight_decay") or "").strip()
         kind = f"{kind} " if kind in ("coupled", "decoupled") else ""
-        parts.append(f"{kind}weight decay {_number(config['weight_decay'])}")
+        parts.append(f"{kind}weight decay {text_of(config['weight_decay'])}")
     return ", ".join(parts)
 
 
@@ -134,28 +136,14 @@ def _reference(reference: str, final_step: Any) -> str:
 
 
 def _scaled(model: Any, width: Any) -> Any:
-    return f"{model}, width ×{_number(width)}" if model and width not in (None, 1, 1.0) else model
+    return f"{model}, width ×{text_of(width)}" if model and width not in (None, 1, 1.0) else model
 
 
 def _scheduled(config: Mapping[str, Any], rates: Values | None) -> str | None:
     if config.get("lr") is None:
-        return _range(rates)
-    rate, schedule = _number(config["lr"]), config.get("lr_schedule")
+        return span(rates)
+    rate, schedule = text_of(config["lr"]), config.get("lr_schedule")
     return rate if schedule is None else f"{rate}, {schedule}"
-
-
-def _range(values: Any) -> str | None:
-    """What a quantity was along the run: `0.05`, or `0.0005 to 0.05`; `None` where unknown."""
-    known = np.asarray([] if values is None else values, np.float64)
-    known = known[np.isfinite(known)]
-    if not known.size:
-        return None
-    return " to ".join(dict.fromkeys(f"{bound:g}" for bound in (known.min(), known.max())))
-
-
-def _number(value: Any) -> str:
-    """A configuration may hold anything: what is no number is shown as it is."""
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _every(every: Any) -> str | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 
+from analyze.alignment import Clock
 from analyze.axes import number_label, value_scale
-from analyze.charts import Chart, Dash, Line, drawn_values
+from analyze.charts import Chart, Dash, Epochs, Line, drawn_values
 from analyze.curves import Curve, distinct
+from analyze.figure_kinds import KINDS, Kind
 from analyze.references import end_of_path
 from analyze.verdict import END_SHARE
 from capture.store.layout import UPDATES
@@ -20,132 +23,15 @@ NULL_COLOR, USED_COLOR = "#D55E00", "#000000"
 # Of the streams of one run where its colour says which run it is; "--" and ":" are comparisons.
 STREAM_DASHES: tuple[Dash, ...] = ("-", "-.", (0, (6, 1, 1, 1, 1, 1)))
 
+
+def palette(count: int) -> list[str]:
+    """Colours for so many things side by side: `PALETTE`, or more that still differ."""
+    if count <= len(PALETTE):
+        return list(PALETTE[:count])
+    return [to_hex(color) for color in colormaps["turbo"](np.linspace(0.05, 0.95, count))]
+
+
 END_EFFECT = "end effect: here γ tends to its null whatever the landscape"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A figure of every report: `column` is drawn, with its `null` and the `lr` used where named.
-
-    `null` is a column, its label and what to say of it. `symbol` stands before the names in the
-    legend; `per_run` means that streams cannot differ.
-    """
-
-    name: str
-    title: str
-    column: str
-    symbol: str
-    ylabel: str
-    caption: str
-    null: tuple[str, str, str] | None = None
-    used: bool = False
-    baseline: float | None = None
-    per_run: bool = False
-    angle: bool = False
-
-
-KINDS = (
-    Kind(
-        "cosine",
-        "Cosine γ, its null and the angle",
-        "cosine",
-        "γ",
-        "cosine γ",
-        "γ = ⟨g,e⟩ / (‖g‖ ‖e‖). On the right, the angle between g and e.",
-        null=(
-            "cosine_null",
-            "null γ⁰",
-            "The null γ⁰ (dashed) is what orthogonal gradients of the same sizes would give, with "
-            "no geometry at all: read γ against it, not against 0.",
-        ),
-        angle=True,
-    ),
-    Kind(
-        "cosine-ratio",
-        "Cosine over its null, γ/γ⁰",
-        "cosine_ratio",
-        "γ/γ⁰",
-        "γ / γ⁰",
-        "1 (dotted) is what orthogonal gradients alone would give. Only a distance from 1 can say "
-        "something about the landscape.",
-        baseline=1.0,
-    ),
-    Kind(
-        "lolr",
-        "Locally optimal learning rate η*",
-        "lolr",
-        "η*",
-        "learning rate",
-        "η* = ⟨g,e⟩ / ‖g‖² is the step along −g that lands closest to w*; beside it the learning "
-        "rate used (dotted). One plain SGD step with η* contracts the squared distance to a fixed "
-        "w* by exactly 1 − γ².",
-        null=("lolr_null", "null aₜ", "The null aₜ (dashed) has the shape of the schedule."),
-        used=True,
-    ),
-    Kind(
-        "lolr-ratio",
-        "Locally optimal learning rate over its null, η*/aₜ",
-        "lolr_ratio",
-        "η*/aₜ",
-        "η* / aₜ",
-        "1 (dotted) is what orthogonal gradients alone would give.",
-        baseline=1.0,
-    ),
-    Kind(
-        "rsi",
-        "Lower restricted secant inequality RSI⁻",
-        "rsi",
-        "RSI⁻",
-        "RSI⁻",
-        "RSI⁻ = ⟨g,e⟩ / ‖e‖². On a well-behaved path it stays above some μ > 0. "
-        "A rise at the end is no evidence by itself: the end effect makes one too.",
-    ),
-    Kind(
-        "eb",
-        "Upper error bound EB⁺",
-        "eb",
-        "EB⁺",
-        "EB⁺",
-        "EB⁺ = ‖g‖ / ‖e‖. On a well-behaved path it stays below some L. "
-        "A rise at the end is no evidence by itself: the end effect makes one too.",
-    ),
-    Kind(
-        "distance",
-        "Distance to w*",
-        "norm_dist",
-        "‖e‖",
-        "‖wₜ − w*‖",
-        "The Euclidean distance over all trainable parameters: how far there is still to go.",
-        per_run=True,
-    ),
-    Kind(
-        "loss",
-        "Loss",
-        "loss",
-        "loss",
-        "loss",
-        "The mean loss of each stream's own batch at the weights before the update.",
-    ),
-    Kind(
-        "grad-norm",
-        "Gradient norm",
-        "norm_grad",
-        "‖g‖",
-        "‖gₜ‖",
-        "The norm of the gradient of the mean minibatch loss; "
-        "before clipping wherever the clip factor is known.",
-    ),
-    Kind(
-        "update-cosine",
-        "The step really taken",
-        "descent_update",
-        "−cos(u,e)",
-        "−cos(u, e)",
-        "u = wₜ₊₁ − wₜ, with momentum, decay, clipping and preconditioning. Drawn with a minus "
-        "sign (the column cosine_update without), so that above 0 the step starts out towards "
-        "w*; for plain SGD it is γ.",
-    ),
-)
 
 
 def build_figures(
@@ -200,18 +86,50 @@ def _build(
     if kind.used:
         used = [curve for curve in _fullest(drawn) if _defined(curve, "lr")]
         lines += _beside(used, drawn, "lr", "rate used", USED_COLOR, ":", colors, legend)
+    own_ends = {c.run: ends[c.run] for c in drawn if c.run in ends}
+    epochs, said = epochs_of(drawn, own_ends) if several else (None, "")
     return Chart(
         name=kind.name,
         title=kind.title,
-        caption=_caption(kind, drawn, lines, no_null),
+        caption=" ".join([_caption(kind, drawn, lines, no_null), *([said] if said else [])]),
         ylabel=kind.ylabel,
         lines=tuple(lines),
-        ends=tuple(distinct(ends[c.run] for c in drawn if c.run in ends)),
+        ends=tuple(distinct(own_ends.values())),
         baseline=kind.baseline,
         legend=tuple(legend),
         angle=kind.angle,
         named=several,
+        epochs=epochs,
     )
+
+
+def epochs_of(
+    curves: Sequence[Curve], ends: Mapping[str, tuple[float, float]]
+) -> tuple[Epochs | None, str]:
+    """How curves of several runs are shown at equal epochs too, and a sentence about it."""
+    clocks = {curve.run: Clock(curve.steps, curve.epochs, 0) for curve in _fullest(curves)}
+    known = [run for run, clock in clocks.items() if np.isfinite(clock.epochs).all()]
+    if not known:
+        return None, "At equal steps only: the runs do not tell their epochs."
+    each, *others = distinct(_updates_in_epoch(clocks[run]) for run in known)
+    if each is not None and not others and len(known) == len(clocks):
+        return Epochs(each), "Equal steps are equal epochs of these runs."
+    said = "One panel at equal steps, one at equal epochs."
+    missing = [curve.label for curve in _fullest(curves) if curve.run not in known]
+    if missing:
+        said += f" The second lacks {', '.join(missing)}, whose epochs are not known."
+    shown = {run: ends[run] for run in known if run in ends}
+    spans = [(clocks[run].epoch_at(a), clocks[run].epoch_at(b)) for run, (a, b) in shown.items()]
+    return Epochs(None, tuple(distinct(spans))), said
+
+
+def _updates_in_epoch(clock: Clock) -> float | None:
+    """Updates in an epoch, to 6 digits; `None` where they are not one number throughout."""
+    later = clock.epochs > 0
+    if not later.any() or (clock.steps[~later] != 0).any():
+        return None
+    rates = clock.steps[later] / clock.epochs[later]
+    return float(f"{rates[0]:.6g}") if np.allclose(rates, rates[0], rtol=1e-6, atol=0) else None
 
 
 def _defined(curve: Curve, column: str) -> bool:
@@ -228,9 +146,9 @@ def _colors(curves: Sequence[Curve], several_runs: bool) -> dict[int, str]:
     """The colour of each curve by its id: one for each run, or of a single run for each stream."""
     names = [curve.run if several_runs else curve.stream for curve in curves]
     places = distinct(names)
+    colors = palette(len(places))
     return {
-        id(curve): PALETTE[places.index(name) % len(PALETTE)]
-        for curve, name in zip(curves, names, strict=True)
+        id(curve): colors[places.index(name)] for curve, name in zip(curves, names, strict=True)
     }
 
 

@@ -71,25 +71,32 @@ def compute_gram(
     `InputError` of the run is raised as it is, and gives no numbers.
     """
     threads = schedulers.check(scheduler, workers)
-    plan = _Plan(
-        uuid.uuid4().hex,
-        absolute_address(run),
-        stream,
-        tuple(map(int, groups)),
-        lags is None,
-        schedulers.tasks_at_once(scheduler, threads),
-    )
+    together = schedulers.tasks_at_once(scheduler, threads)
     try:
-        session = _open(plan)
-        rows = session.run.stream(stream)
-        pairs = choose_pairs(rows.steps, lags)
-        stretches = cut_stretches(session.groups_of_chunk(), _bytes_per_group(session, pairs))
-        blocks = list(cut_pairs(pairs, len(rows), rows.batches, stretches, dense=plan.dense))
-        tasks = [partial(_measure, plan, block) for block in blocks]
+        session, pairs, blocks = plan_gram(run, stream, groups, lags, together)
+        tasks = [partial(_measure, session.plan, block) for block in blocks]
         results = schedulers.run(tasks, scheduler, threads, progress)
         return _assemble(session, pairs, blocks, results)
     finally:
         _open.cache_clear()
+
+
+def plan_gram(
+    run: str | os.PathLike[str],
+    stream: str,
+    groups: NDArray[np.int64],
+    lags: Sequence[int] | None,
+    threads: int,
+) -> tuple[_Session, Integers, list[PairBlock]]:
+    """Open a run as `compute_gram` does, choose its pairs ``[N, 2]``, cut the work into blocks."""
+    dense, numbers = lags is None, tuple(map(int, groups))
+    plan = _Plan(uuid.uuid4().hex, absolute_address(run), stream, numbers, dense, threads)
+    session = _open(plan)
+    rows = session.stream
+    pairs = choose_pairs(rows.steps, lags)
+    stretches = cut_stretches(session.groups_of_chunk(), _bytes_per_group(session, pairs))
+    blocks = cut_pairs(pairs, len(rows), rows.batches, stretches, dense=dense)
+    return session, pairs, list(blocks)
 
 
 def regroup(gram: Gram, group_of_group: NDArray[np.int64]) -> Gram:

@@ -13,8 +13,11 @@ from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from analyze.axes import Values, mark_ends, number_label, scale_steps
+from analyze.axes import GREY, Values, mark_ends, number_label, scale_steps
 from analyze.curves import Columns, distinct, select, shorten
+from analyze.derived import NULLS, cosine_of, rate_of
+from analyze.drawing import Panel, Trace
+from capture.store.layout import UPDATES
 
 MAX_GROUPS, MAX_CELLS = 24, 80
 
@@ -40,31 +43,54 @@ class HeatMap:
     ratio: bool
     ends: tuple[tuple[float, float], ...] = ()
 
+    def draw(self, figure: Figure) -> list[Panel]:
+        """Draw the cells; their values can be asked for at the first step of each."""
+        figure.set_figheight(max(1.6, 0.9 + 0.13 * len(self.groups)))
+        axes = figure.add_subplot()
+        draw_cells(figure, axes, self)
+        middle, first = (self.edges[:-1] + self.edges[1:]) / 2, self.edges[:-1]
+        traces = [
+            Trace(name, GREY, middle, np.full(values.size, float(row)), first, values)
+            for row, (name, values) in enumerate(zip(self.groups, self.values, strict=True))
+        ]
+        return [Panel(axes, traces)]
 
-def build_heat_map(
+
+def build_heat_maps(
     columns: Columns, stream: str, end: tuple[float, float] | None, grouping: str = "group"
-) -> HeatMap | None:
-    """Build the view by group of one stream of one run and reference: γ/γ⁰, or γ without a null.
+) -> list[HeatMap]:
+    """Build the views by group of one stream of one run and reference: γ/γ⁰ and η*/a_t, else γ.
 
     At most `MAX_GROUPS` groups, the largest; the median over batches and consecutive steps.
     """
     rows = select(columns, stream=stream)
+    ratios = (f"{cosine_of(stream)}_ratio", f"{rate_of(stream)}_ratio")
+    names = [name for name in ratios if np.isfinite(rows[name]).any()]
+    maps = [_build(rows, name, stream, end, grouping) for name in names or [cosine_of(stream)]]
+    return [made for made in maps if made is not None]
+
+
+def _build(
+    rows: Columns, column: str, stream: str, end: tuple[float, float] | None, grouping: str
+) -> HeatMap | None:
     groups = distinct(rows["group"])
     sizes = {g: int(rows["num_parameters"][rows["group"] == g].max()) for g in groups}
     largest = sorted(groups, key=lambda g: -sizes[g])[:MAX_GROUPS]
     shown = [g for g in groups if g in largest]
-    ratio = bool(np.isfinite(rows["cosine_ratio"]).any())
-    column = "cosine_ratio" if ratio else "cosine"
+    ratio = column in NULLS
     steps = np.unique(rows["step"])
     if not shown or not np.isfinite(rows[column]).any():
         return None
     width = -(-steps.size // MAX_CELLS)
     edges = np.append(steps[::width], steps[-1] + (steps[-1] - steps[-2] if steps.size > 1 else 1))
     cells = np.array([_cells(select(rows, group=group), column, edges) for group in shown])
-    symbol = "γ/γ⁰" if ratio else "γ"
+    own = "−cos(u, e)" if stream == UPDATES else "γ"
+    symbol = own if not ratio else "η*/aₜ" if column == f"{rate_of(stream)}_ratio" else "γ/γ⁰"
+    below = "η*" if symbol == "η*/aₜ" else own
     notes = [
-        f"{symbol} of each group's own gradient and distance, by step.",
-        "Red: above 1, blue: below 1 (logarithmic); dark grey: γ < 0; blank: undefined."
+        f"{symbol} of each group's own {'update' if stream == UPDATES else 'gradient'} and "
+        "distance, by step.",
+        f"Red: above 1, blue: below 1 (logarithmic); dark grey: {below} < 0; blank: undefined."
         if ratio
         else "Red: above 0, blue: below 0; blank: undefined.",
     ]
@@ -73,7 +99,7 @@ def build_heat_map(
     if len(groups) > len(shown):
         notes.append(f"The {len(shown)} largest of {len(groups)} groups, in the model's order.")
     return HeatMap(
-        name=f"groups-{stream}",
+        name=f"groups-{stream}{'-rate' if symbol == 'η*/aₜ' else ''}",
         title=f"{symbol} by {grouping}, {stream}",
         caption=" ".join(notes),
         label=symbol,

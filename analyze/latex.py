@@ -3,7 +3,7 @@ r"""Text as LaTeX that plain `pdflatex` reads: escaped, in the notation of the p
     escape   running text; letters with accents and the symbols of the formulas are kept
     code     a name, in a typewriter face, that may break after a slash
     math     a formula, such as ⟨g_t, e_t⟩ / ‖e_t‖², between dollars
-    number   three significant digits
+    decimal  three significant digits
 
 What has no LaTeX of its own becomes its code point, [U+4E2D]: nothing is lost silently.
 """
@@ -134,7 +134,7 @@ def math(formula: str) -> str:
     return re.sub(r" +(?=[ ^_]|$)", "", written)
 
 
-def number(value: float, digits: int = 3) -> str:
+def decimal(value: float, digits: int = 3) -> str:
     """Write a number, without the dollars around it; ``--`` where it is not finite."""
     if not arithmetic.isfinite(value):
         return "--"

@@ -15,7 +15,7 @@ from analyze.adam import AdamMoments
 from analyze.moment_table import MOMENTS
 from analyze.optimizer import group_scalar, own_path, read_optimizer
 from analyze.quantities import Sums, Values, evaluate
-from analyze.references import end_of_path
+from analyze.references import is_mean, iterate_of
 from analyze.sums import (
     adam_sums,
     gradient_sums,
@@ -55,6 +55,10 @@ class Measure:
         self._adam = adam
         self.nulls: dict[str, str] = {}
         self.undefined: Counter[str] = Counter()
+        # What all rows share, whichever of them are asked for.
+        self._scalars: dict[str, Values | None] = {}
+        self._nulls_by_group: dict[tuple[str, str, bytes], dict[str, Values]] = {}
+        self._ways: dict[bytes, Values | None] = {}
         self._optimizer = read_optimizer(run)
         self._path = own_path(run)
         self._sign = -1.0 if self._optimizer.maximize else 1.0
@@ -80,9 +84,9 @@ class Measure:
         for index, reference in enumerate(references):
             named = dict(zip(MOMENTS, np.moveaxis(moments[:, index], -1, 0), strict=True))
             sums = self._sums(stream, steps, named)
-            if stream == "minibatch":
-                sums |= self._null_sums(reference, steps)
             grouped = sum_groups(sums, groups, count)
+            if stream in ("minibatch", "updates"):
+                grouped |= self._grouped_null(stream, reference, steps, groups, count)
             grouped |= self._path_sums(reference, steps, groups, count)
             if count == 1:
                 grouped |= self._gap_sums(stream, reference, steps)
@@ -95,22 +99,11 @@ class Measure:
             name: np.stack([part.get(name, nothing) for part in parts], axis=-1) for name in names
         }
 
-    def update_null(self, reference: str, steps: Integers) -> tuple[Values, Values] | None:
-        """⟨u, e⟩₀ and ‖u‖²₀ by tensor, each float64 ``[N, P]``; `None` without a null.
-
-        What the updates would be if all gradients of the run were orthogonal; `nulls` tells more.
-        """
-        end, self.nulls[reference] = self._null_end(reference)
-        if end is None or isinstance(self._path, str):
-            return None
-        null = self._path.null(steps, end)
-        return null.update_dot, null.update_square
-
     def scalar(self, name: str, steps: Integers) -> Values:
         """An every-step scalar at `steps`, float64 ``[N]``; NaN where it was not recorded."""
-        if name not in self.run.scalar_names():
+        values = self._recorded(name)
+        if values is None:
             return np.full(len(steps), np.nan)
-        values = self.run.scalar(name)
         inside = steps < len(values)
         return np.where(inside, np.append(values, np.nan)[np.where(inside, steps, -1)], np.nan)
 
@@ -125,6 +118,13 @@ class Measure:
         if stream == "minibatch":
             scale *= unclipping(self.scalar("clip_factor", steps))
         return scale
+
+    def _recorded(self, name: str) -> Values | None:
+        """An every-step scalar, read once; `None` where there is none of this name."""
+        if name not in self._scalars:
+            there = name in self.run.scalar_names()
+            self._scalars[name] = self.run.scalar(name) if there else None
+        return self._scalars[name]
 
     def _count_undefined(self, found: Mapping[str, Values]) -> None:
         self.undefined.update({n: int(np.isnan(values).sum()) for n, values in found.items()})
@@ -166,12 +166,32 @@ class Measure:
         scale = self.gradient_scale(stream, steps)
         return gradient_sums(moments, self._decay_at(steps), scale[:, None])
 
-    def _null_sums(self, reference: str, steps: Integers) -> dict[str, Values]:
-        """The null in units of the unclipped gradient, by tensor ``[N, P]``; empty without one."""
+    def _grouped_null(
+        self, stream: str, reference: str, steps: Integers, groups: Integers, count: int
+    ) -> dict[str, Values]:
+        """`_null_sums` by group ``[N, K]``, worked out once for all rows of the stream."""
+        key, every = (stream, reference, groups.tobytes()), self.run.stream(stream).steps
+        if key not in self._nulls_by_group:
+            sums = self._null_sums(stream, reference, every)
+            self._nulls_by_group[key] = sum_groups(sums, groups, count)
+        rows = np.searchsorted(every, steps)
+        return {name: values[rows] for name, values in self._nulls_by_group[key].items()}
+
+    def _null_sums(self, stream: str, reference: str, steps: Integers) -> dict[str, Values]:
+        """The null of updates, or of the unclipped gradient, by tensor ``[N, P]``.
+
+        Empty without one.
+        """
         end, self.nulls[reference] = self._null_end(reference)
         if end is None or isinstance(self._path, str):
             return {}
         null = self._path.null(steps, end)
+        if stream == "updates":
+            return {
+                "null_ue": null.update_dot,
+                "null_uu": null.update_square,
+                "null_ee": null.dist,
+            }
         scale = unclipping(self.scalar("clip_factor", steps))[:, None]
         return {
             "null_ge": null.dot * scale,
@@ -183,16 +203,23 @@ class Measure:
         self, reference: str, steps: Integers, groups: Integers, count: int
     ) -> dict[str, Values]:
         """Length of the run's own path between w and w* ``[N, K]``; empty where w* is not on it."""
-        end = self._iterate(reference)
-        if end is None or _UPDATE_NORMS not in self.run.scalar_names():
+        end, so_far = self._iterate(reference), self._way(groups, count)
+        if end is None or so_far is None or end >= len(so_far):
             return {}
-        norms = self.run.scalar(_UPDATE_NORMS)
-        if norms.ndim != 2 or norms.shape[1] != len(groups) or end > len(norms):
-            return {}
-        lengths = np.sqrt(sum_groups({"square": norms**2}, groups, count)["square"])
-        so_far = np.concatenate([np.zeros((1, count)), np.cumsum(lengths, axis=0)])
-        inside = np.minimum(steps, len(norms))
+        inside = np.minimum(steps, len(so_far) - 1)
         return {"path": np.abs(so_far[end] - so_far[inside])}
+
+    def _way(self, groups: Integers, count: int) -> Values | None:
+        """Length of the run's path up to each step ``[S + 1, K]``, `None` where not recorded."""
+        key = groups.tobytes()
+        if key not in self._ways:
+            norms = self._recorded(_UPDATE_NORMS)
+            self._ways[key] = None
+            if norms is not None and norms.ndim == 2 and norms.shape[1] == len(groups):
+                squares = sum_groups({"square": norms**2}, groups, count)["square"]
+                start = np.zeros((1, count))
+                self._ways[key] = np.concatenate([start, np.cumsum(np.sqrt(squares), axis=0)])
+        return self._ways[key]
 
     def _gap_sums(self, stream: str, reference: str, steps: Integers) -> dict[str, Values]:
         """f(w) - f(w*) of each row's own batch ``[N, 1]``; empty where a loss is not kept."""
@@ -206,14 +233,13 @@ class Measure:
 
     def _iterate(self, reference: str) -> int | None:
         """Step of a w* that is an iterate of this run's own path, else `None`."""
-        mean = reference.startswith("mean:")
-        return None if mean else end_of_path(reference, self.run.final_step)
+        return iterate_of(reference, self.run.final_step)
 
     def _null_end(self, reference: str) -> tuple[int | None, str]:
         """Step N of a w* that has a null, else `None`; and what the null rests on, or why not."""
         if isinstance(self._path, str):
             return None, self._path
-        if reference.startswith("mean:"):
+        if is_mean(reference):
             return None, "no null: w* is a mean, no iterate of this run's own path"
         end, total = self._iterate(reference), len(self._path.grad_norms)
         if end is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from analyze.quantities import Quantity, Values, norm, ratio
+from analyze.quantities import Quantity, Values, evaluate, norm, ratio
 
 SUMS = {
     "same": "Σ_b ‖g_b‖² / B",
@@ -94,5 +94,4 @@ def batch_noise(batch_sums: Values) -> dict[str, Values]:
             "smallest": squares.min(axis=-1),
             "largest": squares.max(axis=-1),
         }
-        found = {quantity.name: quantity.function(sums) for quantity in NOISE_QUANTITIES}
-    return {name: np.where(np.isfinite(v), v, np.nan) for name, v in found.items()}
+    return evaluate(sums, NOISE_QUANTITIES)

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
-import pyarrow as pa
 
-from analyze.charts import Chart, draw_inline
-from analyze.curves import distinct
+import capture
+from analyze.drawing import Picture, draw_inline
 from analyze.figures import END_EFFECT
-from analyze.heatmap import HeatMap
 from analyze.inputs import Measured
 from analyze.quantities import SIGN
-from analyze.sections import Section, whole_columns
-from analyze.verdict import verdict
-
-# A number, and the quantiles that may follow it.
-Cell = tuple[str, str]
+from analyze.sections import Section
+from analyze.text_table import minus
+from analyze.verdict import Verdict, summarise
+from analyze.verdict_groups import GroupVerdict, summarise_groups
+from analyze.verdict_text import (
+    GROUP_NOTE,
+    HEAD,
+    NOTE,
+    Cell,
+    cells,
+    group_cells,
+    group_head,
+    group_notes,
+    heading,
+    notes,
+)
 
 
 @dataclass(frozen=True)
@@ -28,17 +36,23 @@ class Summary:
     """One block of the verdict: `streams` maps a stream to its rows below `head`."""
 
     heading: list[str]
-    head: list[Cell] = field(default_factory=list)
-    streams: dict[str, list[list[Cell]]] = field(default_factory=dict)
+    head: Sequence[Cell] = ()
+    streams: dict[str, list[Sequence[Cell]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
-def render(measured: Measured, sections: Sequence[Section]) -> str:
-    """Make the page; equal contents give an equal page."""
+def render(names: Sequence[str], measured: Measured | None, sections: Sequence[Section]) -> str:
+    """Make the page; equal contents give an equal page.
+
+    `names` stand in its title. The verdict is of `measured`, where there is anything.
+    """
     loader = jinja2.PackageLoader("analyze")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
+    groups: dict[tuple[str, str] | None, list[GroupVerdict]] = {}
+    for each in [] if measured is None else summarise_groups(measured.table):
+        groups.setdefault((each.run, each.reference), []).append(each)
     shown = [
         {
             "id": section.slug,
@@ -47,58 +61,53 @@ def render(measured: Measured, sections: Sequence[Section]) -> str:
             "warnings": section.warnings,
             "notes": section.notes,
             "rate": section.rate,
+            "tables": section.tables,
+            "groups": [_by_groups(each) for each in groups.get(section.subject, [])],
             "figures": [_inline(section, figure) for figure in section.figures],
         }
         for section in sections
     ]
+    verdict = [] if measured is None else [summary(each) for each in summarise(measured.table)]
     return environment.get_template("report.html.j2").render(
-        names=distinct(measured.table.column("run").to_pylist()),
-        verdict=_verdict(measured),
-        # The terminal's hyphen is a minus sign.
-        sign=SIGN.replace("-", "\u2212"),
+        names=names,
+        verdict=verdict,
+        reading=minus(NOTE),
+        about_groups=minus(GROUP_NOTE),
+        sign=minus(SIGN),
         end_effect=END_EFFECT,
         sections=shown,
-        version=measured.version,
+        version=capture.__version__ if measured is None else measured.version,
     )
 
 
-def read_verdict(text: str) -> list[Summary]:
-    """Read the verdict's text back: on a page its lines are too wide, its tables need not be.
-
-    The text stays the one place where the numbers are made. Two spaces or more part its cells.
-    """
-    return [_summary(block.split("\n")) for block in text.split("\n\n")]
-
-
-def _summary(lines: list[str]) -> Summary:
-    heading, *rest = lines
-    summary = Summary(re.split(" {3,}", heading))
-    width = 0
-    for line in rest:
-        cells = [_cell(text) for text in re.split(" {2,}", line)]
-        if width and len(cells) == width:
-            summary.streams.setdefault(cells[0][0], []).append(cells[1:])
-        elif not width and line.startswith("stream "):
-            width = len(cells)
-            summary.head.extend(cells[1:])
-        elif line.startswith("  ") and summary.notes:
-            summary.notes[-1] += f" {line.strip()}"
-        else:
-            summary.notes.append(line)
-    return summary
+def summary(found: Verdict) -> Summary:
+    """Lay out the verdict of one run and reference."""
+    streams: dict[str, list[Sequence[Cell]]] = {}
+    for part in found.parts:
+        stream, *row = cells(part)
+        streams.setdefault(stream[0], []).append(row)
+    said = [] if found.streams else ["no gradients or updates: see norm_dist in the table"]
+    return Summary(
+        heading=heading(found),
+        head=[(minus(title), band) for title, band in HEAD[1:]] if found.streams else (),
+        streams=streams,
+        notes=[minus(note) for note in (*said, *notes(found))],
+    )
 
 
-def _cell(text: str) -> Cell:
-    value, bracket, band = text.partition(" [")
-    return value, bracket.strip() + band
+def _by_groups(found: GroupVerdict) -> dict[str, Any]:
+    above, below = group_head(found)
+    titles = [minus(title) for title in above[2:-1] if title]
+    return {
+        "title": above[0],
+        "above": titles,
+        "below": below,
+        "rows": list(group_cells(found)),
+        "notes": [minus(note) for note in group_notes(found)],
+    }
 
 
-def _verdict(measured: Measured) -> list[Summary]:
-    whole = whole_columns(measured)["whole"]
-    return read_verdict(verdict(measured.table.filter(pa.array(whole)))) if whole.any() else []
-
-
-def _inline(section: Section, figure: Chart | HeatMap) -> dict[str, Any]:
+def _inline(section: Section, figure: Picture) -> dict[str, Any]:
     identity = f"{section.slug}-{figure.name}"
     drawing = draw_inline(figure, identity)
     return {

@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 import capture
+from analyze.columns import texts
 from analyze.gram import Gram
 from analyze.groups import Grouping, group_tensors, name_of
 from analyze.measure import Measure
@@ -27,7 +28,8 @@ from analyze.noise import NOISE_QUANTITIES, batch_noise
 from analyze.pair_null import pair_null
 from analyze.pairs import PAIR_QUANTITIES, PairMeasure
 from analyze.quantities import Quantity, Values
-from analyze.tables import concatenate, encode_metadata, facts_of, texts
+from analyze.run_table import facts_of
+from analyze.tables import concatenate, encode_metadata
 from capture.store.reader import Run
 
 Integers = NDArray[np.int64]

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from analyze import quantities
 from analyze.chain import SUMS as STORED
 from analyze.gram import Gram
 from analyze.moment_table import StreamMoments
@@ -265,19 +266,9 @@ class PairMeasure:
 
 
 def evaluate(sums: Mapping[str, Values], shape: tuple[int, ...]) -> dict[str, Values]:
-    """Evaluate the quantities whose sums are there, float64 of `shape`, to which sums broadcast.
-
-    What would follow from an infinite or NaN sum is NaN.
-    """
-    sound = {name: np.where(np.isfinite(value), value, np.nan) for name, value in sums.items()}
-    found = {}
-    for quantity in PAIR_QUANTITIES:
-        if sound.keys() >= set(quantity.needs):
-            with np.errstate(all="ignore"):
-                values = quantity.function(sound)
-            values = np.where(np.isfinite(values), values, np.nan)
-            found[quantity.name] = np.broadcast_to(values, shape)
-    return found
+    """Evaluate the quantities whose sums are there, float64 of `shape`, to which sums broadcast."""
+    found = quantities.evaluate(sums, PAIR_QUANTITIES)
+    return {name: np.broadcast_to(values, shape) for name, values in found.items()}
 
 
 def _rows_of(run: Run, steps: NDArray[np.int64], moments: StreamMoments) -> NDArray[np.int64]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analyze.cache import Where, measured_moments
+from analyze.cache import Where
 from analyze.gram import compute_gram, regroup
 from analyze.groups import Grouping, group_tensors, name_of
 from analyze.pair_blocks import choose_pairs
 from analyze.pair_table import PairTables, build_pairs
-from analyze.references import parse_reference
+from analyze.references import Reference, parse_reference
 from analyze.schedulers import Cluster
+from analyze.summing import measured_moments
+from analyze.work import Work
 from capture.store.errors import InputError, UsageError
 from capture.store.layout import WEIGHTS
 from capture.store.reader import Run, Stream, open_run
@@ -51,42 +54,65 @@ def measure_pairs(
     """
     parsed = [parse_reference(text) for text in dict.fromkeys(references)]
     run = open_run(path)
-    groupings = {name_of(one): group_tensors(run.table, one)[1] for one in by}
-    # Tensors that are together in all of them; what these have is added up to each.
-    finest = np.unique(np.stack(list(groupings.values())), axis=1, return_inverse=True)[1]
-    chosen = _choose_streams(run, streams)
-    largest = 1 + max(int(groups.max()) for groups in groupings.values())
-    wanted = _check_size(chosen, lags, largest * len(parsed))
+    asked = ask_pairs(run, parsed, streams, lags, by)
     # References that cannot be had are told before the long work: they are bound, and closed again.
     for reference in parsed:
         reference.bind(run).close()
     grams = {
-        stream.name: compute_gram(
+        name: compute_gram(
             path,
-            stream.name,
-            finest,
-            lags=wanted,
+            name,
+            asked.finest,
+            lags=asked.lags,
             scheduler=scheduler,
             workers=workers,
             progress=progress,
         )
-        for stream in chosen
+        for name in asked.streams
     }
-    moments = measured_moments(
-        path,
-        list(grams),
-        parsed,
-        where=cache,
-        scheduler=scheduler,
-        workers=workers,
-        progress=progress,
-    )
+    work = Work(cache, scheduler, workers, progress)
+    moments = measured_moments(open_run(path), list(grams), parsed, work)
     run, tables = open_run(path), {}
     for one in by:
-        coarser = _coarser(finest, groupings[name_of(one)])
+        coarser = _coarser(asked.finest, asked.groupings[name_of(one)])
         regrouped = {name: regroup(gram, coarser) for name, gram in grams.items()}
         tables[name_of(one)] = build_pairs(run, regrouped, moments, one, name=path)
     return tables
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What pairs of a run are measured.
+
+    `groupings` maps the name of each to the group of each tensor, int64 ``[P]``, and `finest` has
+    those that are together in all of them: what these have is added up to each. `lags` is `None`
+    for all pairs.
+    """
+
+    streams: tuple[str, ...]
+    lags: list[int] | None
+    groupings: dict[str, Integers]
+    finest: Integers
+
+    @property
+    def largest(self) -> int:
+        """Groups of the grouping that has most."""
+        return 1 + max(int(groups.max()) for groups in self.groupings.values())
+
+
+def ask_pairs(
+    run: Run,
+    references: Sequence[Reference],
+    streams: Sequence[str],
+    lags: Sequence[int] | str | None,
+    by: Sequence[Grouping],
+) -> Asked:
+    """Choose streams, lags and groups as `measure_pairs` does, and refuse what it refuses."""
+    groupings = {name_of(one): group_tensors(run.table, one)[1] for one in by}
+    finest = np.unique(np.stack(list(groupings.values())), axis=1, return_inverse=True)[1]
+    chosen = _choose_streams(run, streams)
+    asked = Asked(tuple(stream.name for stream in chosen), None, groupings, finest)
+    return replace(asked, lags=_check_size(chosen, lags, asked.largest * len(references)))
 
 
 def _coarser(finest: Integers, groups: Integers) -> Integers:

@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from analyze.columns import texts
 from analyze.groups import Grouping, group_tensors, name_of
 from analyze.metadata import printable
 from analyze.pair_table import described, with_facts
 from analyze.path import COMPONENTS, PathShape, measure_path
 from analyze.schedulers import Cluster
-from analyze.tables import texts
 from capture.store.reader import Run, open_run
 
 PATH_TABLE_VERSION = 1

@@ -17,16 +17,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from analyze.alignment import Clock
+from analyze.derived import SOURCES
 from analyze.rows import sizes_of, whole_model
 from analyze.run_groups import Entry, Group, same_settings
 from analyze.tables import read_metadata
 from capture.store.errors import InputError
 from capture.store.layout import ITERATES
 
-_COLUMNS = (
-    *("cosine", "cosine_null", "lolr", "lolr_null", "rsi", "eb", "z"),
-    *("cosine_update", "lolr_update"),
-)
+_COLUMNS = (*SOURCES, "rsi", "eb", "z")
 _TEXTS = ("reference", "stream", "run")
 # Facts that one run cannot have twice.
 _IDENTITY = ("config", "seeds", "final_step", "num_parameters", "optimizer")

@@ -9,25 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from analyze import schedulers
-from analyze.adam import states_to_read
+from analyze.amounts import duration, size
 from analyze.blocks import Block, cut, most_open, pieces
-from analyze.cache import Where, lacking_moments
 from analyze.compute import measure_block
 from analyze.moments import MOMENTS, moment_kind, segment_moments
-from analyze.references import Reference, parse_reference
+from analyze.references import Reference
 from analyze.schedulers import Cluster
 from analyze.session import Plan, Session, drop, keep, weights_row
-from analyze.tables import choose_streams
-from capture.store import open_run
+from capture.store import Run, Stream
 from capture.store.layout import ITERATES
 from capture.store.place import absolute_address
 
 # Python, numpy, numba, pyarrow and dask without any data: 126 MB were measured, and some air.
-_PROCESS_BYTES = 160 * 2**20
+PROCESS_BYTES = 160 * 2**20
 # Lines of the logs as objects of their own, numbers taken from them.
-_LOG_FACTOR = 2
+LOG_FACTOR = 2
 # Copies of one chunk of a reference that is no view: the values as stored, widened and joined.
 _COPIES = 4
 _ROW_BYTES = 8 * (len(MOMENTS) + 1)
@@ -36,7 +35,7 @@ _SAMPLE_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class Projection:
-    """The cost of one call of `compute_moments`; sizes in bytes.
+    """The cost of one pass over a run, by `compute_moments` or `compute_gram`; sizes in bytes.
 
     `rows` and `shards` are those of the streams, the weights beside them not counted.
     `bytes_to_read` counts what is read and verified: every shard as often as it is passed over,
@@ -68,7 +67,7 @@ class Projection:
 
 
 def project(
-    run: str | os.PathLike[str],
+    run: str | os.PathLike[str] | Run,
     streams: Sequence[str],
     references: Sequence[Reference],
     *,
@@ -79,21 +78,24 @@ def project(
 ) -> Projection:
     """Say what `compute_moments` with the same arguments will cost; errors are the same.
 
+    A `run` that is open is not opened again.
     Reads the logs and, for the rate, a few megabytes. A cluster is not asked: its workers count as
     `workers` threads that read as fast as this process does.
     """
     threads = schedulers.check(scheduler, workers)
     names, kind = tuple(dict.fromkeys(streams)), moment_kind(moments)
-    where = absolute_address(run)
+    opened = run if isinstance(run, Run) else None
+    where = absolute_address(run.path if isinstance(run, Run) else run)
     plan = Plan(uuid.uuid4().hex, where, names, tuple(references), kind, threads)
-    session = Session(plan)
+    session = Session(plan, opened)
     keep(plan, session)
     try:
         blocks = [
             b for name in names for b in cut(session.run.stream(name), threads, rows_per_block)
         ]
+        allowed = most_open(threads)
         total = sum(reference.bytes_once for reference in session.references)
-        total += sum(_bytes_of(session, threads, block) for block in blocks)
+        total += sum(_bytes_of(session, allowed, block) for block in blocks)
         sample, rate = _measure_rate(plan, session, blocks)
     finally:
         drop(plan)
@@ -110,63 +112,34 @@ def project(
     )
 
 
-def project_run(
-    path: str,
-    references: Sequence[str] = ("final",),
-    *,
-    streams: Sequence[str] = (),
-    scheduler: str | Cluster = "threads",
-    workers: int | None = None,
-    cache: Where = True,
-) -> list[Projection]:
-    """Say what `analyze.measure_run` with the same arguments will cost, one pass after another.
+def _bytes_of(session: Session, allowed: int, block: Block) -> int:
+    """Bytes of one block, of which `allowed` shards may be open at a time.
 
-    Empty where all its moments were kept, so that nothing is read; what Adam's metric reads beside
-    them says `project_metric`.
+    From the committed sizes; what is in a file beside the chunks goes with chunk 0.
     """
-    parsed = [parse_reference(text) for text in dict.fromkeys(references)]
-    chosen = choose_streams(open_run(path), streams)
-    return [
-        project(path, names, lacking, scheduler=scheduler, workers=workers)
-        for names, lacking in lacking_moments(path, chosen, parsed, where=cache)
-    ]
-
-
-def project_metric(
-    path: str,
-    references: Sequence[str] = ("final",),
-    *,
-    streams: Sequence[str] = (),
-    cache: Where = True,
-) -> list[str]:
-    """Say in words what Adam's metric reads beside the passes of `project_run`, if anything."""
-    parsed = [parse_reference(text) for text in dict.fromkeys(references)]
-    chosen = choose_streams(open_run(path), streams)
-    count, nbytes = states_to_read(path, chosen, parsed, where=cache)
-    if not count:
-        return []
-    states = "1 kept state" if count == 1 else f"{count} kept states"
-    return [f"for Adam's metric reads {states} of {size(nbytes)}, and the rows of their steps"]
-
-
-def _bytes_of(session: Session, threads: int, block: Block) -> int:
-    """Bytes of one block, from the committed sizes; what is beside the chunks goes with chunk 0."""
     stream, grid = session.run.stream(block.stream), session.weights.grid
     inside, batches = len(block.chunks) * grid.chunk_bytes, stream.batches or 1
-    parts = list(pieces(block.rows, batches, most_open(threads)))
+    parts = list(pieces(block.rows, batches, allowed))
     rest = grid.num_chunks * grid.chunk_bytes * (block.chunks.start == 0)
-    total = 0
-    for row in block.rows:
-        sizes = stream.commits.sizes[row * batches : (row + 1) * batches]
-        passes = [(size, 1) for size in sizes.tolist()]
-        if stream.name not in ITERATES:
-            weights = session.weights.commits.sizes[weights_row(session.run, stream, row)]
-            passes.append((int(weights), len(parts[0])))
-        total += sum(times * (inside + (size - rest if rest else 0)) for size, times in passes)
+    rows, own = len(block.rows), slice(block.rows.start * batches, block.rows.stop * batches)
+    total = rows * batches * (inside - rest) + int(stream.commits.sizes[own].sum()) * bool(rest)
+    if stream.name not in ITERATES:
+        sizes = session.weights.commits.sizes[_weights_rows(session, stream, block.rows)]
+        total += len(parts[0]) * (rows * (inside - rest) + int(sizes.sum()) * bool(rest))
     again = sum(reference.bytes_per_pass for reference in session.references)
     first, last = grid.bounds(block.chunks.start)[0], grid.bounds(block.chunks[-1])[1]
     share = (last - first) / grid.num_elements
     return total + round(sum(map(len, parts)) * again * share)
+
+
+def _weights_rows(session: Session, stream: Stream, rows: range) -> NDArray[np.int64]:
+    """Rows of the weights at which some rows of `stream` were taken; `DamagedError` without one."""
+    known, steps = session.weights.steps, stream.steps[rows.start : rows.stop]
+    found = np.minimum(np.searchsorted(known, steps), max(0, len(known) - 1))
+    lacking = np.flatnonzero(known[found] != steps).tolist() if len(known) else range(len(rows))
+    for place in lacking:
+        weights_row(session.run, stream, rows[place])  # which says what is wrong
+    return np.asarray(found)
 
 
 def _memory(session: Session, threads: int, blocks: Sequence[Block]) -> int:
@@ -181,7 +154,7 @@ def _memory(session: Session, threads: int, blocks: Sequence[Block]) -> int:
     )
     task = copies * _COPIES * 2 * session.weights.grid.chunk_bytes + 3 * largest * segments * across
     result = returned * len(session.run.table.parameters)
-    return _PROCESS_BYTES + _LOG_FACTOR * logs + 2 * result + threads * task
+    return PROCESS_BYTES + LOG_FACTOR * logs + 2 * result + threads * task
 
 
 def _measure_rate(plan: Plan, session: Session, blocks: Sequence[Block]) -> tuple[int, float]:
@@ -202,24 +175,5 @@ def _measure_rate(plan: Plan, session: Session, blocks: Sequence[Block]) -> tupl
     start = time.perf_counter()
     measure_block(plan, block)
     taken = time.perf_counter() - start
-    sample = _bytes_of(session, plan.threads, block)
+    sample = _bytes_of(session, most_open(plan.threads), block)
     return sample, sample / taken
-
-
-def size(nbytes: float) -> str:
-    """Write a number of bytes with its unit, three digits: ``1.23 GB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 999.5:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB" if nbytes < 999.5 else f"{nbytes:,.0f} TB"
-
-
-def duration(seconds: float) -> str:
-    """Write a time as one would say it: ``8 s``, ``12 min``, ``3.4 h``."""
-    if seconds < 1:
-        return "a second"
-    for unit, length in (("s", 1), ("min", 60)):
-        if seconds < 120 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds / 3600:.1f} h"

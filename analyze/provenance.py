@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from analyze import tables
 from analyze.metadata import printable
 from analyze.optimizer import own_path
+from analyze.repeats import without_repeats
 from capture.store.errors import InputError, UsageError
 from capture.store.objects import ObjectPath
 from capture.store.place import place_of
@@ -107,7 +108,7 @@ def read_provenance(inputs: Sequence[str]) -> list[Provenance]:
     if not inputs:
         raise UsageError("nothing to describe", fix="give runs or tables of `analyze compute`")
     found: dict[str, Provenance] = {}
-    for text in dict.fromkeys(inputs):
+    for text in without_repeats(inputs):
         for one in _read(text):
             found[one.name] = _merged(found[one.name], one) if one.name in found else one
     return list(found.values())

@@ -16,7 +16,7 @@ Ma, "Aiming towards the minimizers", NeurIPS 2023; the nulls and z are our own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +47,8 @@ SUMS = {
     "null_gg": "‖g‖², from the every-step scalars",
     "null_ee": "‖e‖²₀",
     "null_ge": "⟨g, e⟩₀",
+    "null_uu": "‖u‖²₀",
+    "null_ue": "⟨u, e⟩₀",
 }
 
 _UNCLIPPED = "; g unclipped where the clip factor is known, the store keeps what entered the step"
@@ -184,6 +186,21 @@ _UPDATE = [
         "1",
         ("ue", "uu"),
         lambda s: ratio(-s["ue"], s["uu"]),
+    ),
+    Quantity(
+        "cosine_update_null",
+        "⟨u, e⟩₀ / (‖u‖₀ ‖e‖₀), cosine_update if all gradients of the path were orthogonal",
+        "1",
+        ("null_ue", "null_uu", "null_ee"),
+        lambda s: ratio(s["null_ue"], norm(s["null_uu"]), norm(s["null_ee"])),
+    ),
+    Quantity(
+        "lolr_update_null",
+        "-⟨u, e⟩₀ / ‖u‖²₀, lolr_update if all gradients of the path were orthogonal: times the "
+        "learning rate it is a_t of the update",
+        "1",
+        ("null_ue", "null_uu"),
+        lambda s: ratio(-s["null_ue"], s["null_uu"]),
     ),
 ]
 
@@ -325,17 +342,18 @@ QUANTITIES: tuple[Quantity, ...] = (
 )
 
 
-def evaluate(sums: Sums) -> dict[str, Values]:
+def evaluate(sums: Sums, quantities: Sequence[Quantity] = QUANTITIES) -> dict[str, Values]:
     """Evaluate the quantities whose sums are there, float64 of the sums' common shape.
 
     What would follow from an infinite or NaN sum is NaN.
     """
     sound = {name: _finite(value) for name, value in sums.items()}
-    return {
-        quantity.name: _finite(quantity.function(sound))
-        for quantity in QUANTITIES
-        if sound.keys() >= set(quantity.needs)
-    }
+    with np.errstate(all="ignore"):
+        return {
+            quantity.name: _finite(quantity.function(sound))
+            for quantity in quantities
+            if sound.keys() >= set(quantity.needs)
+        }
 
 
 def _finite(values: Values) -> Values:

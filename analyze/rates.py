@@ -20,7 +20,6 @@ from analyze.directions import (
     last_step,
     not_plain,
     several_rates,
-    update_null,
 )
 from analyze.groups import Grouping, group_tensors, name_of
 from analyze.metadata import printable
@@ -182,12 +181,9 @@ def _geometric_mean(values: Values) -> float:
 def _rate_cells(
     run: Run, rows: pa.Table, by: Grouping, reference: str, stream: str
 ) -> Iterator[tuple[str, ...]]:
-    labels, groups = group_tensors(run.table, by)
+    labels, _ = group_tensors(run.table, by)
     steps = rows["step"].to_numpy()[:: len(labels)]
-    best, rate, null = (
-        values.reshape(-1, len(labels))
-        for values in _compared(run, rows, stream, reference, steps, groups)
-    )
+    best, rate, null = (values.reshape(-1, len(labels)) for values in _compared(rows, stream))
     parts = part_of(steps, reference, last_step(run, steps))
     yield (name_of(by), "part", "n", "η/η* [10 %, 90 %]", "η* < 0", "η*/a_t [10 %, 90 %]")
     for column, label in enumerate(labels):
@@ -204,20 +200,13 @@ def _rate_cells(
             )
 
 
-def _compared(
-    run: Run,
-    rows: pa.Table,
-    stream: str,
-    reference: str,
-    steps: NDArray[np.int64],
-    groups: NDArray[np.int64],
-) -> tuple[Values, Values, Values]:
+def _compared(rows: pa.Table, stream: str) -> tuple[Values, Values, Values]:
     """η*, η and the η* of orthogonal gradients in each row, ``[N * K]``."""
     rate = rows["lr"].to_numpy()
     if stream == "updates":
-        null = update_null(run, reference, steps, groups)
-        null = np.full_like(rate, np.nan) if null is None else rate * null.ravel()
-        return rate * rows["lolr_update"].to_numpy(), rate, null
+        factors = (rows[name].to_numpy() for name in ("lolr_update", "lolr_update_null"))
+        best, null = (rate * factor for factor in factors)
+        return best, rate, null
     # η* is that of the gradient as it was before clipping.
     rate = rate / unclipping(rows["clip_factor"].to_numpy())
     return rows["lolr"].to_numpy(), rate, rows["lolr_null"].to_numpy()

@@ -8,7 +8,7 @@ from typing import Any
 
 from analyze.marked import code, math
 from analyze.provenance import Provenance, StreamFacts, is_whole
-from analyze.references import end_of_path
+from analyze.references import end_of_path, read_form
 from analyze.verdict import END_SHARE
 from capture.store.layout import ITERATES, WEIGHTS
 from capture.streams import FULL, FULL_EVAL, MINIBATCH
@@ -44,17 +44,18 @@ def _references(run: Provenance) -> Iterator[str]:
 
 
 def _meaning(reference: str) -> str:
-    kind, _, value = reference.partition(":")
-    path, at, step = value.rpartition("@")
-    of_step = bool(at and path and step.isdigit())
-    iterate = f"the iterate after {step} updates" if of_step else "the last iterate"
+    form = read_form(reference)
+    if form is None:
+        return code(reference)
+    number, path = form.number, code(form.path or "")
+    iterate = "the last iterate" if number is None else f"the iterate after {number} updates"
     return {
         "final": f"the last iterate {math('w_T')} of this run",
-        "step": f"the iterate after {value} updates of this run",
-        "mean": f"the mean of the last {value} saved iterates of this run, {math('w_T')} included",
-        "run": f"{iterate} of the run {code(path if of_step else value)}",
-        "file": f"the point in the file {code(value)}",
-    }.get(kind, code(reference))
+        "step": f"{iterate} of this run",
+        "mean": f"the mean of the last {number} saved iterates of this run, {math('w_T')} included",
+        "run": f"{iterate} of the run {path}",
+        "file": f"the point in the file {path}",
+    }[form.kind]
 
 
 def _weights(run: Provenance) -> str:

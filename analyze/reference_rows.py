@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analyze.spill import SpilledChunks
-from capture.store import ChunkGrid, Run, fetch_ahead
+from capture.store import ChunkGrid, Run, Stream, fetch_ahead
 from capture.store.layout import WEIGHTS
 from capture.store.objects import ObjectPath
 
@@ -21,9 +21,14 @@ _ROWS_AT_ONCE = 16
 class BoundReference(Protocol):
     """A reference opened for one run, cut like the run's rows.
 
-    `bytes_once` is what is read for all chunks however often they are asked for, `bytes_per_pass`
-    what is read each time, and `bytes_spilled` what lies in the folder for temporary files.
+    `bytes_to_open` is what was read to open it, `bytes_once` that and what is read for all chunks
+    however often they are asked for, `bytes_per_pass` what is read each time, and `bytes_spilled`
+    what lies in the folder for temporary files.
     """
+
+    @property
+    def bytes_to_open(self) -> int:
+        """Bytes that were read already."""
 
     @property
     def bytes_once(self) -> int:
@@ -55,7 +60,8 @@ def bind_rows(run: Run, source: Run, rows: Sequence[int]) -> BoundReference:
     if len(rows) == 1 and not isinstance(source.path, ObjectPath):
         return _Row(run, source, rows[0])
     mean = _Mean(run, source, rows)
-    return SpilledChunks(run.stream(WEIGHTS).grid, mean.dtype, mean.chunk, mean.bytes_once)
+    once = mean.bytes_to_open, mean.bytes_once
+    return SpilledChunks(run.stream(WEIGHTS).grid, mean.dtype, mean.chunk, *once)
 
 
 class _Row:
@@ -66,6 +72,7 @@ class _Row:
         self._grid = run.stream(WEIGHTS).grid
         self._source_grid = weights.grid
         self._shard = weights.open(row)
+        self.bytes_to_open = _beside_chunks(weights, [row])
         self.bytes_once, self.bytes_per_pass, self.bytes_spilled = self._shard.commit.size, 0, 0
         self._verified = np.zeros(weights.grid.num_chunks, bool)
         self._shard.verify_rest()
@@ -97,6 +104,7 @@ class _Mean:
         self._weights = source.stream(WEIGHTS)
         self._grid = run.stream(WEIGHTS).grid
         self._rows = rows
+        self.bytes_to_open = _beside_chunks(self._weights, rows)
         self.bytes_once = int(self._weights.commits.sizes[list(rows)].sum())
         self.dtype = self._weights.dtype if len(rows) == 1 else np.dtype(np.float64)
         for row in rows:
@@ -122,6 +130,12 @@ class _Mean:
         if len(self._rows) > 1:
             total /= len(self._rows)
         return total
+
+
+def _beside_chunks(weights: Stream, rows: Sequence[int]) -> int:
+    """Bytes of some rows that lie beside their inner chunks: header, buffers, index."""
+    chunks = weights.grid.num_chunks * weights.grid.chunk_bytes
+    return int((weights.commits.sizes[list(rows)] - chunks).sum())
 
 
 def _cut(grid: ChunkGrid, start: int, stop: int) -> list[tuple[int, slice]]:

@@ -12,7 +12,7 @@ A `Reference` is a small value that travels to the workers; `bind` opens it for 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,26 +153,60 @@ class FileReference:
             return file.identity()
 
 
+@dataclass(frozen=True)
+class Form:
+    """What a reference says: its kind, the N, K or STEP in it, and its path, as typed."""
+
+    kind: str
+    number: int | None = None
+    path: str | None = None
+
+
+def read_form(text: str) -> Form | None:
+    """Read a reference as typed, or as a table has it; `None` where it has none of the five forms.
+
+    This is the only place that knows how references are written.
+    """
+    kind, colon, value = text.partition(":")
+    if kind == "final" and not colon:
+        return Form(kind)
+    if kind == "step" and _is_count(value):
+        return Form(kind, int(value))
+    if kind == "mean" and _is_count(value) and int(value) > 0:
+        return Form(kind, int(value))
+    if kind == "run" and value:
+        path, at, step = value.rpartition("@")
+        return (
+            Form(kind, int(step), path)
+            if at and path and _is_count(step)
+            else Form(kind, None, value)
+        )
+    return Form(kind, None, value) if kind == "file" and value else None
+
+
 def parse_reference(text: str) -> Reference:
     """Read a reference as typed; `UsageError` where it has none of the five forms.
 
     Paths become absolute, so that workers elsewhere find the same file.
     """
-    kind, _, value = text.partition(":")
-    if text == "final":
-        return FinalReference(text)
-    if kind == "step" and _is_count(value):
-        return StepReference(text, int(value))
-    if kind == "mean" and _is_count(value) and int(value) > 0:
-        return MeanReference(text, int(value))
-    if kind == "run" and value:
-        path, at, step = value.rpartition("@")
-        if at and path and _is_count(step):
-            return RunReference(text, absolute_address(path), int(step))
-        return RunReference(text, absolute_address(value), None)
-    if kind == "file" and value:
-        return FileReference(text, os.path.abspath(value))
+    match read_form(text):
+        case Form("final"):
+            return FinalReference(text)
+        case Form("step", int(step)):
+            return StepReference(text, step)
+        case Form("mean", int(count)):
+            return MeanReference(text, count)
+        case Form("run", step, str(path)):
+            return RunReference(text, absolute_address(path), step)
+        case Form("file", None, str(path)):
+            return FileReference(text, os.path.abspath(path))
     raise UsageError(f"{text!r} is no reference", fix=f"use one of {_FORMS}")
+
+
+def files_of(references: Iterable[str]) -> list[str]:
+    """Files that some references name, as typed: what a command may not write over."""
+    forms = map(read_form, references)
+    return [form.path for form in forms if form and form.kind == "file" and form.path]
 
 
 def parting(reference: Reference, run: Run) -> int | None:
@@ -195,10 +229,21 @@ def parting(reference: Reference, run: Run) -> int | None:
 
 def end_of_path(reference: str, final_step: int | None) -> int | None:
     """Step at which w* lies on the run's own path or ends the mean over it; `None` elsewhere."""
-    kind, _, value = reference.partition(":")
-    if kind == "step":
-        return int(value)
-    return final_step if kind in ("final", "mean") else None
+    form = read_form(reference)
+    if form is None or form.kind not in ("final", "mean", "step"):
+        return None
+    return form.number if form.kind == "step" else final_step
+
+
+def iterate_of(reference: str, final_step: int | None) -> int | None:
+    """Step of a w* that is an iterate of the run's own path; `None` for a mean and elsewhere."""
+    return None if is_mean(reference) else end_of_path(reference, final_step)
+
+
+def is_mean(reference: str) -> bool:
+    """Whether w* is a mean of iterates."""
+    form = read_form(reference)
+    return form is not None and form.kind == "mean"
 
 
 def _identity(source: Run, rows: Sequence[int]) -> str:
@@ -209,4 +254,5 @@ def _identity(source: Run, rows: Sequence[int]) -> str:
 
 
 def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+    # With more digits it is no number that a run could have, nor one that int() reads.
+    return text.isascii() and text.isdigit() and len(text) < 19

@@ -5,14 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from analyze.charts import COLUMN, FORMATS, draw_file
+from analyze.cache import Where
+from analyze.curves import distinct
+from analyze.drawing import COLUMN, FORMATS, draw_file
 from analyze.inputs import read_inputs
+from analyze.other_sections import names_in, other_sections
+from analyze.other_tables import sort_inputs
 from analyze.page import render
 from analyze.sections import Section, build_sections
 from capture.store.errors import UsageError
 from capture.store.files import writing
 from capture.store.target import check_target
+
+if TYPE_CHECKING:
+    from analyze.schedulers import Cluster
 
 # In inches. What is narrower has no room for its axes, what is wider for nothing a page holds.
 NARROWEST, WIDEST = 1.5, 20.0
@@ -25,11 +33,17 @@ def write_report(
     figures_dir: str | os.PathLike[str] | None = None,
     formats: Sequence[str] = (),
     width: float = COLUMN,
+    scheduler: str | Cluster = "threads",
+    workers: int | None = None,
+    cache: Where = True,
 ) -> list[Path]:
     """Write the report of runs and Parquet tables to `out`; return the files written, it first.
 
+    Tables are those of `compute`, `pairs` (its noise too), `pca` and `compare`, in any mixture.
+
     Each figure also goes to `figures_dir`, made if missing, in each of `formats` (png, svg, pdf),
-    `width` inches wide. A run is measured with the default settings. `InputError` for an input
+    `width` inches wide. A run is measured against final; scheduler, workers and cache are those of
+    `analyze.measure_run`. `InputError` for an input
     that is neither, `UsageError` for a wrong option or a place inside a run or over an input;
     then nothing is written.
     """
@@ -37,9 +51,17 @@ def write_report(
     if figures_dir is not None:
         _check_folder(figures_dir)
     _check_look(formats, width, figures_dir is not None)
-    measured = read_inputs(inputs)
-    sections = build_sections(measured)
-    files = {page: render(measured, sections).encode()}
+    runs_and_tables, others = sort_inputs(inputs)
+    # With neither, what is missing is said there.
+    measured = None
+    if runs_and_tables or not others:
+        measured = read_inputs(runs_and_tables, scheduler=scheduler, workers=workers, cache=cache)
+    used: set[str] = set()
+    names = [] if measured is None else measured.table.column("run").unique().to_pylist()
+    sections = other_sections(others, used)
+    sections += [] if measured is None else build_sections(measured, used)
+    names = distinct([*names, *names_in(others)])
+    files = {page: render(names, measured, sections).encode()}
     if figures_dir is not None:
         figures = _draw(sections, Path(figures_dir), formats, width)
         _check_files(figures, page, inputs)

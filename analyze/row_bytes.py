@@ -41,7 +41,8 @@ class RowBytes:
 
     Of a stream of points, such as the weights, the rows are themselves the weights, and there are
     no gradients: B is 0. `like` is an empty array of their dtype. No more than `most_open` files
-    are open at a time.
+    are open at a time. So many coordinates of a chunk come `at_once`, and `held` bytes of them are
+    in memory instead of mapped.
     """
 
     def __init__(
@@ -51,10 +52,10 @@ class RowBytes:
         self.num_rows, self.batches = len(rows), len(shards) // len(rows) - 1
         self.like = np.empty(0, stream.dtype)
         self.window = window_length(len(shards), stream.dtype.itemsize)
-        if isinstance(run.path, ObjectPath):
-            in_windows = self.window < stream.grid.chunk_elements
-        else:
-            in_windows = len(shards) > most_open
+        remote, whole = isinstance(run.path, ObjectPath), stream.grid.chunk_elements
+        in_windows = self.window < whole if remote else len(shards) > most_open
+        self.at_once = min(self.window, whole) if in_windows else whole
+        self.held = len(shards) * self.at_once * stream.dtype.itemsize * (remote or in_windows)
         self._source: _Windows | _OpenShards
         if in_windows:
             self._source = _Windows(shards, self.window, min(IN_FLIGHT, most_open))

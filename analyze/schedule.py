@@ -29,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -36,12 +37,11 @@ from numpy.typing import NDArray
 
 from analyze.cache import Where
 from analyze.directions import (
-    SOURCES,
     choose_source,
     directions,
     first_step,
-    has_rows,
     last_step,
+    rated_streams,
 )
 from analyze.groups import Grouping, name_of
 from analyze.metadata import printable
@@ -49,12 +49,19 @@ from analyze.quantities import Values, ratio
 from analyze.rates import rate_verdict
 from analyze.rows import select_rows
 from analyze.tables import measure_run
+from analyze.text_table import span
 from analyze.verdict import PARTS, part_of
 from capture.store.errors import InputError, UsageError
 from capture.store.files import write_durably
 from capture.store.reader import Run, open_run
 
+if TYPE_CHECKING:
+    from analyze.schedulers import Cluster
+
 Integers = NDArray[np.int64]
+
+# Beyond it a rate is infinite to weights in float32.
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,8 @@ class Schedule:
     has none. `window` int64, the rows that `lr` rests on. `status` is "fit"; "zero" where the
     optimum of the window is not above 0; "gap" where the window has no optimum; "held" in the end
     effect and after w*. `source` is one of `SOURCES`, `smooth` the rows of a full window, and
-    `factor` what the optimum was multiplied with.
+    `factor` what the optimum was multiplied with. `UsageError` where a rate is below 0, or none
+    that weights in float32 could be moved with.
     """
 
     run: str
@@ -81,13 +89,24 @@ class Schedule:
     status: NDArray[np.object_]
     run_lr: Values
 
+    def __post_init__(self) -> None:
+        """Refuse rates that no training could follow."""
+        unusable = np.flatnonzero(~((self.lr >= 0) & (self.lr <= _LARGEST)))
+        if len(unusable):
+            step, rate = int(self.steps[unusable[0]]), float(self.lr[unusable[0]])
+            raise UsageError(
+                f"the rate at step {step} would be {rate:g}, which no training can follow",
+                where=self.run,
+                fix="use a smaller --factor" if self.factor > 1 else "choose another --reference",
+            )
+
     def describe(self) -> str:
         """Say in a few lines what the rates are and what became of the rows."""
         count = Counter(self.status.tolist())
         kinds = [f"{count[name]} {text}" for name, text in _STATUS.items() if count[name]]
-        own = _range(self.run_lr)
+        rate, own = (span(values, 3) or "unknown" for values in (self.lr, self.run_lr))
         lines = [
-            f"rate {_range(self.lr)} at {len(self.steps)} steps, that of the run itself {own}",
+            f"rate {rate} at {len(self.steps)} steps, that of the run itself {own}",
             f"from {_ORIGIN[self.source]}",
             f"smoothed over {self.smooth} rows: Σ⟨d, e⟩ / Σ‖d‖² with w_t+1 = w_t - η d, the one "
             "rate that suits the window best",
@@ -130,22 +149,30 @@ def schedule_run(
     smooth: int | None = None,
     factor: float = 1.0,
     by: Grouping = "layer",
+    scheduler: str | Cluster = "threads",
+    workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     cache: Where = True,
 ) -> tuple[Schedule, str]:
     """Measure a run; return its schedule and the verdict on its learning rate, as plain text.
 
     See `fit_schedule`, and `analyze.rates.rate_verdict` for the verdict, which is in the groups
-    `by` of `analyze.groups`. Progress and cache are those of `measure_run`. Raises what these
-    raise, what is wrong with the arguments before anything is measured.
+    `by` of `analyze.groups`. Scheduler, workers, progress and cache are those of `measure_run`.
+    Raises what these raise, what is wrong with the arguments before anything is measured.
     """
     run = open_run(path)
     choose_source(run, source)
     _check(smooth, factor)
-    streams = [name for name in SOURCES if has_rows(run, name)]
     groupings: list[Grouping] = ["model"] if by == "model" else ["model", by]
     tables = measure_run(
-        path, [reference], streams=streams, by=groupings, progress=progress, cache=cache
+        path,
+        [reference],
+        streams=rated_streams(run),
+        by=groupings,
+        scheduler=scheduler,
+        workers=workers,
+        progress=progress,
+        cache=cache,
     )
     run = open_run(path)  # as `measure_run` does: it may have grown
     schedule = fit_schedule(
@@ -199,6 +226,8 @@ def fit_schedule(
         )
     status = np.select([~before, ~known, fitted <= 0], ["held", "gap", "zero"], "fit")
     fitted = np.interp(steps, steps[known], np.maximum(fitted[known], 0))
+    with np.errstate(over="ignore"):  # refused below
+        scaled = factor * fitted
     return Schedule(
         run=table["run"][0].as_py(),
         reference=reference,
@@ -206,7 +235,7 @@ def fit_schedule(
         smooth=smooth,
         factor=factor,
         steps=steps + first_step(run),
-        lr=factor * fitted,
+        lr=scaled,
         raw=raw,
         window=np.where(before, window, 0),
         status=status.astype(object),
@@ -251,10 +280,3 @@ def _check(smooth: int | None, factor: float) -> None:
         )
     if not 0 < factor < math.inf:
         raise UsageError(f"rates cannot be multiplied with {factor:g}", fix="use a number above 0")
-
-
-def _range(values: Values) -> str:
-    known = values[np.isfinite(values)]
-    if not len(known):
-        return "unknown"
-    return " to ".join(dict.fromkeys(f"{bound:.3g}" for bound in (known.min(), known.max())))

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import dask
 import dask.local
@@ -45,15 +46,31 @@ def check(scheduler: str | Cluster, workers: int | None) -> int:
     """Check both choices; return the number of threads, by default one per processor."""
     if isinstance(scheduler, Cluster):
         _check_certificates(scheduler)
-    elif scheduler not in LOCAL and "://" not in scheduler:
-        raise UsageError(
-            f"{scheduler!r} is no scheduler", fix="use threads, or an address like tcp://host:8786"
-        )
+        _check_address(scheduler.address)
+    elif scheduler not in LOCAL:
+        _check_address(scheduler)
     if workers is None:
         return len(os.sched_getaffinity(0))
     if workers < 1:
         raise UsageError(f"{workers} workers cannot compute anything", fix="use 1 or more")
     return workers
+
+
+def _check_address(address: str) -> None:
+    """Refuse what Dask would stumble over: an address needs one of two schemes, a host and a port.
+
+    `UsageError`, in milliseconds: Dask itself waits, and ends in a traceback.
+    """
+    try:
+        parts = urlsplit(address)
+        sound = bool(parts.scheme in ("tcp", "tls") and parts.hostname and parts.port)
+    except ValueError:  # a port that is none, brackets that do not close
+        sound = False
+    if not sound or parts.path.strip("/") or "@" in parts.netloc:
+        raise UsageError(
+            f"{address!r} is no scheduler",
+            fix="use threads, or an address like tcp://host:8786 or tls://host:8786",
+        )
 
 
 def _check_certificates(cluster: Cluster) -> None:

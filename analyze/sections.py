@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from analyze.charts import Chart
 from analyze.curves import Columns, Curve, distinct, read_columns, read_curves, run_labels, select
+from analyze.drawing import Picture
 from analyze.facts import conditional_rate, no_null_reason, null_sentence, run_facts
 from analyze.figures import build_figures, end_of
-from analyze.heatmap import HeatMap, build_heat_map
+from analyze.heatmap import HeatMap, build_heat_maps
 from analyze.inputs import Measured
 
 # A file's name may have 255 bytes, and a figure's own name follows.
@@ -21,25 +21,42 @@ _LONGEST_SLUG = 100
 
 
 @dataclass(frozen=True)
+class PageTable:
+    """A table of a section: `head` and `rows` of cells; the first `left` columns are names."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+
+
+@dataclass(frozen=True)
 class Section:
-    """A part of the report: a run against a reference, or several runs beside each other."""
+    """A part of the report: a run against a reference, or several runs beside each other.
+
+    `subject` is the run and the reference where it is of one of each.
+    """
 
     slug: str
     heading: str
-    figures: list[Chart | HeatMap]
+    figures: Sequence[Picture]
     facts: list[tuple[str, str]]
     warnings: list[str]
     notes: list[str]
     rate: str | None = None
+    tables: Sequence[PageTable] = ()
+    subject: tuple[str, str] | None = None
 
 
-def build_sections(measured: Measured) -> list[Section]:
-    """Arrange what was measured: runs beside each other first, then each with each reference."""
+def build_sections(measured: Measured, used: set[str]) -> list[Section]:
+    """Arrange what was measured: runs beside each other first, then each with each reference.
+
+    `used` are the slugs that are taken; those of the sections are added.
+    """
     columns = whole_columns(measured)
     runs, references = (distinct(columns[name]) for name in ("run", "reference"))
     labels = run_labels(runs)
     pairs = [(reference, run) for reference in references for run in runs]
-    used: set[str] = set()
     alone = [
         _section(measured, rows, run, reference, labels[run], used)
         for reference, run in pairs
@@ -64,15 +81,16 @@ def _section(
     ends = {} if end is None else {run: end}
     curves = read_curves(rows, run, reference, label)
     maps = _maps(rows, end, measured.grouping)
-    figures: list[Chart | HeatMap] = [*build_figures(curves, ends, reason), *maps]
+    figures: list[Picture] = [*build_figures(curves, ends, reason), *maps]
     return Section(
-        slug=_slug(f"{label}-{reference}", used),
+        slug=slug_of(f"{label}-{reference}", used),
         heading=f"{label}, measured against {reference}",
         figures=figures,
         facts=[("Run", run), *run_facts(entry, reference, rows["lr"])],
         warnings=_warnings(entry, rows),
         notes=_notes(curves, measured.nulls.get(f"{run}|{reference}")),
         rate=conditional_rate(curves, end),
+        subject=(run, reference),
     )
 
 
@@ -99,7 +117,7 @@ def _comparison(
     if len(set(ends.values())) > 1:
         notes.append("Runs of different lengths show their end effect at different steps.")
     return Section(
-        slug=_slug(f"together-{reference}", used),
+        slug=slug_of(f"together-{reference}", used),
         heading=f"{len({c.run for c in curves})} runs together, each measured against {reference}",
         figures=list(build_figures(curves, ends)),
         facts=[],
@@ -110,8 +128,11 @@ def _comparison(
 
 def _maps(rows: Columns, end: tuple[float, float] | None, grouping: str) -> list[HeatMap]:
     parts = select(rows, whole=False)
-    maps = (build_heat_map(parts, stream, end, grouping) for stream in distinct(parts["stream"]))
-    return [made for made in maps if made is not None]
+    return [
+        made
+        for stream in distinct(parts["stream"])
+        for made in build_heat_maps(parts, stream, end, grouping)
+    ]
 
 
 def _last_step(entry: Any, rows: Columns) -> float:
@@ -144,7 +165,7 @@ def _notes(curves: Sequence[Curve], null: str | None) -> list[str]:
     return notes
 
 
-def _slug(text: str, used: set[str]) -> str:
+def slug_of(text: str, used: set[str]) -> str:
     """Letters, digits and hyphens only, safe as an id and as a file's name; each but once."""
     base = re.sub(r"[^A-Za-z0-9]+", "-", text)[:_LONGEST_SLUG].strip("-") or "run"
     slug = base

@@ -48,10 +48,13 @@ class Plan:
 
 
 class Session:
-    """A run with its references, open in one process for one call of `compute_moments`."""
+    """A run with its references, open in one process for one call of `compute_moments`.
 
-    def __init__(self, plan: Plan) -> None:
-        self.run: Run = open_run(plan.path)
+    `run` is that of the plan where somebody has it open.
+    """
+
+    def __init__(self, plan: Plan, run: Run | None = None) -> None:
+        self.run: Run = run or open_run(plan.path)
         # Set where nobody waits for the numbers any more: blocks end at their next chunk.
         self.stopped = False
         # The streams first: in a run that is still recording, their weights are there by now.

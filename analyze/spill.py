@@ -25,8 +25,8 @@ class SpilledChunks:
 
     They lie in the folder for temporary files (`TMPDIR`), D · itemsize in all. The file has no
     name from the start, so the system frees it whichever way the process ends. `make` gives one
-    chunk ``[C]``, and `bytes_once` is what it reads for all of them; several threads may ask at
-    once. `WriteError` where there is no room.
+    chunk ``[C]``, `bytes_to_open` was read to make it ready, and `bytes_once` is that and what it
+    reads for all of them; several threads may ask at once. `WriteError` where there is no room.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class SpilledChunks:
         grid: ChunkGrid,
         dtype: np.dtype[Any],
         make: Callable[[int], NDArray[Any]],
+        bytes_to_open: int = 0,
         bytes_once: int = 0,
     ) -> None:
         self._grid = grid
@@ -43,7 +44,7 @@ class SpilledChunks:
         self._make = make
         self._made = [False] * grid.num_chunks
         self._locks = [threading.Lock() for _ in self._made]
-        self.bytes_once, self.bytes_per_pass = bytes_once, 0
+        self.bytes_to_open, self.bytes_once, self.bytes_per_pass = bytes_to_open, bytes_once, 0
         self.bytes_spilled = self._stride * grid.num_chunks
         self._file = _nameless(self.bytes_spilled)
         self._closing = weakref.finalize(self, os.close, self._file)
@@ -66,10 +67,15 @@ class SpilledChunks:
     def _write(self, chunk: int) -> None:
         values = np.ascontiguousarray(self._make(chunk), self._dtype)
         view, place = values.view(np.uint8).data, chunk * self._stride
-        with writing(tempfile.gettempdir()):
-            while view:
-                written = os.pwrite(self._file, view, place)
-                view, place = view[written:], place + written
+        try:
+            with writing(tempfile.gettempdir()):
+                while view:
+                    written = os.pwrite(self._file, view, place)
+                    view, place = view[written:], place + written
+        except WriteError as error:
+            # Others may have filled the disk by now.
+            fix = f"free space there, or {_ELSEWHERE}"
+            raise WriteError(error.what, where=error.where, fix=fix) from error
 
 
 def _nameless(nbytes: int) -> int:

@@ -1,4 +1,4 @@
-"""The table of a measurement: built from moments, written as Parquet, read back.
+"""The table of a measurement: from runs to a table, or to its file, and read back.
 
 One row per run, stream, step, batch, group of tensors and reference, in this order. Units and
 formulas are in the metadata of the fields, the facts of the runs in the metadata of the file.
@@ -6,139 +6,41 @@ formulas are in the metadata of the fields, the facts of the runs in the metadat
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-import capture
 from analyze.adam import AdamMoments, adam_moments
-from analyze.cache import Where, measured_moments
-from analyze.groups import Grouping, group_tensors, name_of
-from analyze.measure import Measure
-from analyze.metadata import flaw, printable
-from analyze.moment_table import MOMENTS, Moments, StreamMoments
-from analyze.quantities import QUANTITIES, SIGN
-from analyze.references import parse_reference, parting
-from analyze.sums import sum_groups
+from analyze.cache import Where
+from analyze.columns import schema
+from analyze.groups import Grouping, name_of
+from analyze.kinds import METADATA_KEY as METADATA_KEY
+from analyze.kinds import WRITERS, kind_of
+from analyze.metadata import flaw
+from analyze.moment_table import StreamMoments
+from analyze.parquet import ParquetPieces, writing_parquet
+from analyze.references import parse_reference
+from analyze.run_table import RunTable
+from analyze.summing import measured_streams
 from analyze.tensor_file import open_regular
+from analyze.work import Work
 from capture.store.errors import InputError
-from capture.store.files import write_durably
 from capture.store.layout import WEIGHTS
 from capture.store.reader import Run, open_run
 
 if TYPE_CHECKING:
     from analyze.schedulers import Cluster
 
-Integers = NDArray[np.int64]
-
-METADATA_KEY = b"straightway"
 TABLE_VERSION = 1
 _AGAIN = "make it again from the run"
-
-# Name, type, unit and meaning of the columns before and after the quantities.
-_KEYS: tuple[tuple[str, Any, str, str], ...] = (
-    ("run", pa.string(), "", "the run, as typed"),
-    ("stream", pa.string(), "", "where the gradient or update comes from"),
-    ("step", pa.int64(), "updates", "t, the updates applied before"),
-    ("epoch", pa.float64(), "epochs", "passes over the data before this step"),
-    ("batch", pa.int64(), "", "which of the stream's batches; null where it has one per step"),
-    ("group", pa.string(), "", "the tensors that were summed over"),
-    ("reference", pa.string(), "", "w*, as typed"),
-    ("num_parameters", pa.int64(), "", "coordinates in the group"),
-)
-# What of a run's attributes goes with its table.
-_FACTS = (
-    *("final_step", "optimizer", "config", "seeds", "versions", "git_commit"),
-    *("data", "schedules", "parent"),
-)
-_FROM_SCALARS = ("lr", "clip_factor")
-_LAST: tuple[tuple[str, Any, str, str], ...] = (
-    (
-        "loss",
-        pa.float64(),
-        "loss",
-        "mean loss of the row's own batch, else the minibatch of step t",
-    ),
-    ("lr", pa.float64(), "weight²/loss", "learning rate of step t, first parameter group"),
-    ("clip_factor", pa.float64(), "1", "gradient of the step / unclipped one; NaN unknown"),
-    ("nonfinite", pa.int64(), "", "NaN or infinite coordinates of w, g or w* in the group"),
-)
-_NULLABLE = ("epoch", "batch")
-
-
-def schema() -> pa.Schema:
-    """List the columns of the table, with units and formulas; no file metadata."""
-    quantities = [(q.name, pa.float64(), q.unit, q.formula) for q in QUANTITIES]
-    return pa.schema(
-        pa.field(name, kind, name in _NULLABLE, {"unit": unit, "formula": formula})
-        for name, kind, unit, formula in (*_KEYS, *quantities, *_LAST)
-    )
-
-
-def build(
-    run: Run,
-    moments: Moments,
-    by: Grouping = "model",
-    *,
-    adam: AdamMoments | None = None,
-    name: str | None = None,
-    weight_decay: float | None = None,
-) -> pa.Table:
-    """Make the table of one run from its moments; `by` as in `analyze.groups`.
-
-    A `weight_decay` takes the place of the run's own λ in the columns `_wd`; `adam` are the sums in
-    Adam's metric against the same references, where they were asked for; `name` is what the column
-    `run` says, by default the path of the run.
-    """
-    name = printable(str(run.path) if name is None else name)
-    references = [printable(text) for text in moments.references]
-    measure = Measure(run, adam, weight_decay)
-    labels, groups = group_tensors(run.table, by)
-    blocks = [
-        _block(measure, stream, references, labels, groups, name)
-        for stream in moments.streams.values()
-    ]
-    arrays = [
-        pa.chunked_array([block[field.name] for block in blocks], type=field.type)
-        for field in schema()
-    ]
-    notes = {"weight_decay": measure.decay_note}
-    if adam is not None:
-        notes["adam_metric"] = adam.note
-    metadata = {
-        "table": TABLE_VERSION,
-        "version": capture.__version__,
-        "by": name_of(by),
-        "sign": SIGN,
-        "runs": [{**facts_of(run, name), **notes}],
-        "null": {f"{name}|{reference}": text for reference, text in measure.nulls.items()},
-        "branched": _branched(run, moments.references, name),
-        "nan": dict(measure.undefined),
-    }
-    table = pa.Table.from_arrays(arrays, schema=schema())
-    return table.combine_chunks().replace_schema_metadata(encode_metadata(metadata))
-
-
-def _branched(run: Run, references: Sequence[str], name: str) -> dict[str, int]:
-    """Where branches that end in a reference left the run, by run and reference."""
-    steps = {text: parting(parse_reference(text), run) for text in references}
-    return {f"{name}|{printable(text)}": step for text, step in steps.items() if step is not None}
-
-
-def facts_of(run: Run, name: str) -> dict[str, Any]:
-    """What of a run goes with its tables, under the name that the column `run` has."""
-    own = {"run": name, "status": run.status, "num_parameters": run.table.num_parameters}
-    return {**own, **{key: run.attributes.get(key) for key in _FACTS}}
 
 
 def measure_run(
@@ -155,7 +57,8 @@ def measure_run(
 ) -> dict[str, pa.Table]:
     """Measure a run: one table for each grouping in `by`, by its name.
 
-    One pass over its bytes, and where Adam's second moments were kept another over those rows.
+    One pass over its bytes, and where Adam's second moments were kept another over those rows;
+    several where the moments of all streams would fill the memory.
 
     Without `streams`, all of the run that have rows but the weights, and the weights where there
     are no others; `references` as typed. What was summed before is not summed again: moments are
@@ -164,34 +67,79 @@ def measure_run(
     own in the columns `_wd`, g + λw. Errors, scheduler, workers and progress are
     those of `compute_moments`; `InputError` where nothing is recorded in the streams.
     """
-    parsed = [parse_reference(text) for text in dict.fromkeys(references)]
-    chosen = choose_streams(open_run(path), streams)
-    moments = measured_moments(
-        path,
-        chosen,
-        parsed,
-        where=cache,
-        scheduler=scheduler,
-        workers=workers,
-        progress=progress,
-    )
-    adam = adam_moments(
-        path,
-        chosen,
-        parsed,
-        where=cache,
-        scheduler=scheduler,
-        workers=workers,
-        progress=progress,
-    )
-    # Opened again: a run that is still recording has written more by now.
-    run = open_run(path)
+    summed = _sum(path, references, streams, Work(cache, scheduler, workers, progress))
+    tables = [summed.table(grouping, path, weight_decay) for grouping in by]
+    pieces: list[list[pa.Table]] = [[] for _ in tables]
+    for stream in summed.streams:
+        for table, own in zip(tables, pieces, strict=True):
+            own += table.pieces(stream)
     return {
-        name_of(grouping): build(
-            run, moments, grouping, adam=adam, name=path, weight_decay=weight_decay
-        )
-        for grouping in by
+        name_of(table.by): _whole(own, table.metadata())
+        for table, own in zip(tables, pieces, strict=True)
     }
+
+
+def measure_into(
+    file: TableFile,
+    path: str,
+    references: Sequence[str] = ("final",),
+    *,
+    keep: Sequence[str] | None = None,
+    streams: Sequence[str] = (),
+    by: Grouping = "model",
+    scheduler: str | Cluster = "threads",
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cache: Where = True,
+    weight_decay: float | None = None,
+) -> pa.Table:
+    """Measure a run and add its rows to a file, piece by piece; all else as `measure_run`.
+
+    Returns the rows of the whole model, with the columns `keep` alone where these are named. At no
+    time is the table there whole, however many rows it has.
+    """
+    summed = _sum(path, references, streams, Work(cache, scheduler, workers, progress))
+    table = summed.table(by, path, weight_decay)
+    model = table if by == "model" else summed.table("model", path, weight_decay)
+    kept = []
+    for stream in summed.streams:
+        for piece in table.pieces(stream):
+            file.write(piece)
+            if model is table:
+                kept.append(piece.select(keep or piece.column_names))
+        if model is not table:
+            kept += [piece.select(keep or piece.column_names) for piece in model.pieces(stream)]
+    file.describe(table.metadata())
+    return _whole(kept, model.metadata())
+
+
+@dataclass(frozen=True)
+class _Summed:
+    """A run with all that its tables are made of; `streams` come once."""
+
+    run: Run
+    references: Sequence[str]
+    adam: AdamMoments
+    streams: Iterable[StreamMoments]
+
+    def table(self, by: Grouping, name: str, weight_decay: float | None) -> RunTable:
+        return RunTable(
+            self.run, self.references, by, adam=self.adam, name=name, weight_decay=weight_decay
+        )
+
+
+def _sum(path: str, references: Sequence[str], streams: Sequence[str], work: Work) -> _Summed:
+    typed = list(dict.fromkeys(references))
+    parsed = [parse_reference(text) for text in typed]
+    run = open_run(path)
+    chosen = choose_streams(run, streams)
+    moments: Iterable[StreamMoments] = measured_streams(run, chosen, parsed, work)
+    growing = not all(run.stream(name).finished for name in chosen)
+    if growing:
+        moments = list(moments)
+    adam = adam_moments(run, chosen, parsed, work)
+    # Opened again: a run that is still recording has written more by now.
+    return _Summed(open_run(path) if growing else run, typed, adam, moments)
 
 
 def choose_streams(run: Run, streams: Sequence[str] = ()) -> list[str]:
@@ -207,19 +155,71 @@ def choose_streams(run: Run, streams: Sequence[str] = ()) -> list[str]:
     return chosen
 
 
+class TableFile:
+    """The table of several runs on its way to a file, made by `writing_table`."""
+
+    def __init__(self, pieces: ParquetPieces) -> None:
+        self._pieces = pieces
+        self._facts: list[dict[str, Any]] = []
+
+    @property
+    def num_rows(self) -> int:
+        """Rows so far."""
+        return self._pieces.num_rows
+
+    def write(self, piece: pa.Table) -> None:
+        """Take the next rows."""
+        self._pieces.write(piece)
+
+    def describe(self, metadata: dict[str, Any]) -> None:
+        """Take the facts of the run whose rows were written."""
+        self._facts.append(metadata)
+
+    def finish(self) -> None:
+        """Write what is left, and the facts of all runs."""
+        self._pieces.finish(encode_metadata(_versioned(_merged(self._facts))))
+
+
+@contextmanager
+def writing_table(path: str | PathLike[str]) -> Iterator[TableFile]:
+    """Write a table run by run, with `measure_into`, inside the `with`.
+
+    The file is there when that ends well, in full, and else not at all.
+    """
+    with writing_parquet(path, schema()) as pieces:
+        file = TableFile(pieces)
+        yield file
+        file.finish()
+
+
+def _whole(pieces: Sequence[pa.Table], metadata: dict[str, Any]) -> pa.Table:
+    table = pa.concat_tables(pieces) if pieces else pa.Table.from_batches([], schema())
+    return table.replace_schema_metadata(encode_metadata(_versioned(metadata)))
+
+
+def _versioned(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {"table": TABLE_VERSION, **metadata}
+
+
 def concatenate(tables: Sequence[pa.Table]) -> pa.Table:
     """Put tables of several runs below each other; their metadata are merged."""
-    merged, *others = (read_metadata(table) for table in tables)
-    nan = Counter(merged["nan"])
+    merged = _merged([read_metadata(table) for table in tables])
+    bare = [table.replace_schema_metadata(None) for table in tables]
+    return pa.concat_tables(bare).replace_schema_metadata(encode_metadata(merged))
+
+
+def _merged(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    first, *others = facts
+    merged, nan = dict(first), Counter(first["nan"])
     for metadata in others:
         nan.update(metadata["nan"])
-        merged["runs"] += [entry for entry in metadata["runs"] if entry not in merged["runs"]]
-        merged["null"] |= metadata["null"]
-        merged["branched"] = merged.get("branched", {}) | metadata.get("branched", {})
+        new = [entry for entry in metadata["runs"] if entry not in merged["runs"]]
+        merged["runs"] = [*merged["runs"], *new]
+        merged["null"] = {**merged["null"], **metadata["null"]}
+        merged["branched"] = {**merged.get("branched", {}), **metadata.get("branched", {})}
     merged["nan"] = dict(nan)
-    merged["by"] = "+".join(dict.fromkeys(read_metadata(table)["by"] for table in tables))
-    bare = [table.replace_schema_metadata(None) for table in tables]
-    return pa.concat_tables(bare).combine_chunks().replace_schema_metadata(encode_metadata(merged))
+    merged["by"] = "+".join(dict.fromkeys(metadata["by"] for metadata in facts))
+    return merged
 
 
 def write_table(table: pa.Table, path: str | PathLike[str]) -> None:
@@ -227,19 +227,22 @@ def write_table(table: pa.Table, path: str | PathLike[str]) -> None:
 
     `WriteError` where the disk refuses.
     """
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    write_durably(Path(path), buffer.getbuffer(), Path(path).parent)
+    with writing_parquet(path, table.schema) as pieces:
+        pieces.write(table)
+        pieces.finish(table.schema.metadata)
 
 
 def read_table(path: str | PathLike[str]) -> pa.Table:
-    """Read what `write_table` wrote; `InputError` where the file is anything else."""
-    with os.fdopen(open_regular(path, "table"), "rb") as file:
-        try:
-            table = pq.read_table(file)
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"no table can be read ({reason})", where=path, fix=_AGAIN) from error
+    """Read what `write_table` wrote of a measurement; `InputError` where the file is another."""
+    table = read_parquet(path)
+    other = kind_of(table.schema)
+    if other not in (None, "compute"):
+        raise InputError(
+            f"another kind of table: that of {WRITERS[str(other)]}",
+            where=path,
+            fix="draw it with `analyze report`, or write it in another format with `analyze "
+            "export`; here goes a run, or a table of `analyze compute`",
+        )
     if METADATA_KEY not in (table.schema.metadata or {}):
         what: str | None = "it has no facts of runs"
     else:
@@ -254,79 +257,20 @@ def read_table(path: str | PathLike[str]) -> pa.Table:
     return table
 
 
+def read_parquet(path: str | PathLike[str]) -> pa.Table:
+    """Read a Parquet file with whatever is in it; `InputError` where there is none."""
+    with os.fdopen(open_regular(path, "table"), "rb") as file:
+        try:
+            return pq.read_table(file)
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"no table can be read ({reason})", where=path, fix=_AGAIN) from error
+
+
 def read_metadata(table: pa.Table) -> dict[str, Any]:
     """Return the facts in a table's metadata: runs, nulls, sign convention, counts of NaN."""
     document: dict[str, Any] = json.loads(table.schema.metadata[METADATA_KEY])
     return document
-
-
-def _block(
-    measure: Measure,
-    stream: StreamMoments,
-    references: Sequence[str],
-    labels: Sequence[str],
-    groups: Integers,
-    run: str,
-) -> dict[str, Any]:
-    """Make the columns of one stream, whose rows are (step, batch), group, reference."""
-    batches = stream.batches or 1
-    steps = np.repeat(stream.steps, batches)
-    shape = (len(steps), len(labels), len(references))
-    row, group, reference = (index.ravel() for index in np.indices(shape))
-    by_tensor = (len(steps), len(references), len(groups))
-    found = measure.quantities(
-        stream.stream,
-        steps,
-        stream.array.reshape(*by_tensor, len(MOMENTS)),
-        references,
-        groups,
-    )
-    bad = {"nonfinite": stream.nonfinite.reshape(by_tensor).astype(np.float64)}
-    bad = sum_groups(bad, groups, len(labels))
-    sizes = np.bincount(groups, np.diff(measure.run.table.offsets)).astype(np.int64)
-    epochs = _epochs(measure.run, stream.stream, steps)[row]
-    batch = np.tile(np.arange(batches), len(stream.steps))[row]
-    nothing = np.full(len(row), np.nan)
-    return {
-        "run": texts([run], np.zeros_like(row)),
-        "stream": texts([stream.stream], np.zeros_like(row)),
-        "step": pa.array(steps[row]),
-        "epoch": pa.array(epochs, mask=np.isnan(epochs)),
-        "batch": pa.array(batch, mask=np.full(len(row), stream.batches is None)),
-        "group": texts(labels, group),
-        "reference": texts(references, reference),
-        "num_parameters": pa.array(sizes[group]),
-        **{
-            q.name: pa.array(found[q.name].ravel() if q.name in found else nothing)
-            for q in QUANTITIES
-        },
-        **{name: pa.array(measure.scalar(name, steps)[row]) for name in _FROM_SCALARS},
-        "loss": pa.array(_losses(measure, stream, steps)[row]),
-        "nonfinite": pa.array(bad["nonfinite"].astype(np.int64)[row, reference, group]),
-    }
-
-
-def _losses(measure: Measure, stream: StreamMoments, steps: Integers) -> NDArray[np.float64]:
-    """Loss of each row: that of its own batch where the stream keeps it, else the minibatch's."""
-    recorded = measure.run.stream(stream.stream)
-    if recorded.losses is None:
-        return measure.scalar("loss", steps)
-    rows = np.searchsorted(recorded.steps, stream.steps)
-    return np.asarray(recorded.losses[rows].reshape(len(steps)))
-
-
-def texts(names: Sequence[str], index: NDArray[Any]) -> Any:
-    """Make a column of names by their number; `index` is int ``[N]``."""
-    return pa.DictionaryArray.from_arrays(index, pa.array(names, pa.string())).cast(pa.string())
-
-
-def _epochs(run: Run, stream: str, steps: Integers) -> NDArray[np.float64]:
-    """Epoch of each step; NaN where it is not known, or the row came after the run was opened."""
-    recorded = run.stream(stream)
-    if not len(recorded):
-        return np.full(len(steps), np.nan)
-    place = np.minimum(np.searchsorted(recorded.steps, steps), len(recorded.steps) - 1)
-    return np.where(recorded.steps[place] == steps, recorded.epochs[place], np.nan)
 
 
 def encode_metadata(metadata: dict[str, Any]) -> dict[bytes, bytes]:

@@ -40,7 +40,7 @@ class TensorFile:
         wide = any(entry.tensor.dtype == "F64" for entry in self._entries)
         self._dtype = np.dtype(np.float64 if wide else np.float32)
         # Nothing is kept: all tensors are read again whenever all chunks are asked for.
-        self.bytes_once, self.bytes_spilled = 0, 0
+        self.bytes_to_open, self.bytes_once, self.bytes_spilled = 0, 0, 0
         self.bytes_per_pass = sum(
             np.dtype(_STORED[entry.tensor.dtype]).itemsize * tensor.numel
             for entry, tensor in zip(self._entries, run.table.parameters, strict=True)

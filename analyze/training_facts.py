@@ -9,6 +9,7 @@ import numpy as np
 
 from analyze.marked import code, math
 from analyze.provenance import Floats, Provenance, is_whole
+from analyze.text_table import span
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PARTS = {"train": "training", "heldout": "held-out"}
@@ -37,11 +38,11 @@ def _task(run: Provenance) -> str:
         parts.append(f"task {code(config['task'])}{samples}")
     if config.get("model") is not None:
         width = config.get("width")
-        scale = "" if width in (None, 1) else f", width ×{number(width)}"
+        scale = "" if width in (None, 1) else f", width ×{told(width)}"
         parts.append(f"model {code(config['model'])}{scale}")
     parts.append(f"{math('D =')} {run.num_parameters:,} trainable parameters")
     if config.get("batch_size") is not None:
-        parts.append(f"batch size {number(config['batch_size'])}")
+        parts.append(f"batch size {told(config['batch_size'])}")
     known = ", ".join(parts)
     lacking = [
         key.replace("_", " ") for key in ("task", "model", "batch_size") if config.get(key) is None
@@ -63,7 +64,7 @@ def _optimizer(run: Provenance) -> str:
     if name is None:
         return f"The optimizer {run.missing()}."
     parts = [_rate(run)]
-    momentum = span(run.scalar("group_momentum")) or number(config.get("momentum"))
+    momentum = span(run.scalar("group_momentum")) or told(config.get("momentum"))
     if momentum not in (None, "0"):
         kind = "Nesterov momentum" if optimizer.get("nesterov") else "momentum"
         parts.append(f"{kind} {momentum}")
@@ -80,7 +81,7 @@ def _rate(run: Provenance) -> str:
     config = run.entry("config")
     rate = span(run.scalar("group_lr"))
     if rate is None:
-        rate = number(config.get("lr"))
+        rate = told(config.get("lr"))
     elif not run.every_update:
         rate = f"{rate} at the measured steps"
     schedule = config.get("lr_schedule")
@@ -91,7 +92,7 @@ def _rate(run: Provenance) -> str:
 def _decay(run: Provenance) -> str:
     kind = run.entry("optimizer").get("weight_decay")
     config = run.entry("config").get("weight_decay")
-    value = span(run.scalar("group_weight_decay")) or number(config)
+    value = span(run.scalar("group_weight_decay")) or told(config)
     if value == "0":
         return "No weight decay."
     if kind not in ("coupled", "decoupled"):
@@ -114,7 +115,7 @@ def _seeds(run: Provenance) -> str:
         told = [f"{code(key)} {number(value)}" for key, value in own.items() if value is not None]
         return f"Settings of seeds: {', '.join(told)}."
     names = [*(name for name in _SEEDS if name in seeds), *sorted(seeds.keys() - _SEEDS.keys())]
-    listed = ", ".join(f"{_SEEDS.get(name, code(name))} {number(seeds[name])}" for name in names)
+    listed = ", ".join(f"{_SEEDS.get(name, code(name))} {told(seeds[name])}" for name in names)
     return f"Seeds: {listed}." if listed else f"The seeds {run.missing(2)}."
 
 
@@ -200,14 +201,7 @@ def _software(run: Provenance) -> str:
     return f"{made} with {listed}{at}."
 
 
-def span(values: Floats) -> str | None:
-    """What a scalar was along the run, `0.05` or `0.0005 to 0.05`; `None` where unknown."""
-    if not len(values):
-        return None
-    return " to ".join(dict.fromkeys(f"{bound:g}" for bound in (values.min(), values.max())))
-
-
-def number(value: Any) -> str | None:
+def told(value: Any) -> str | None:
     """A fact as it is written; `None` where unknown. A run may hold anything."""
     if value is None:
         return None

@@ -131,3 +131,26 @@ def test_help_answers_in_half_a_second(program: str) -> None:
     command = [*([str(installed)] if installed.exists() else start), "--help"]
     # The best of several: other programs on the machine can only add to the time.
     assert min(seconds(command) for _ in range(5)) < 0.5
+
+
+# What the second stage needs to sum, to draw, or where one asks for it; not to look up and tell.
+SLOW = {"numba", "llvmlite", "dask", "distributed", "pandas", "xarray", "scipy", "zarr"}
+COMPUTE = "from analyze.cli import main; main()"
+
+
+@pytest.mark.parametrize("by", ["model", "layer"])
+def test_asking_again_loads_nothing_slow(tmp_path: Path, by: str) -> None:
+    """And asking for the first time loads some of it, so that the check can fail."""
+    run = min((ROOT / "tests" / "golden").glob("*.zarr"))
+    question = ("compute", str(run), "--cache", str(tmp_path / "kept"), "--by", by, "--out")
+    first = loaded_by(COMPUTE, *question, str(tmp_path / "first.parquet"))
+    assert {"numba", "dask"} <= first
+    again = loaded_by(COMPUTE, *question, str(tmp_path / "again.parquet"))
+    assert "pyarrow" in again
+    assert not again & SLOW
+    first_bytes = (tmp_path / "first.parquet").read_bytes()
+    assert (tmp_path / "again.parquet").read_bytes() == first_bytes
+
+
+def test_the_check_sees_what_is_slow_where_it_is_loaded() -> None:
+    assert {"pandas", "scipy", "numba"} <= loaded_by("import pandas, scipy, numba")

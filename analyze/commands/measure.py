@@ -5,31 +5,32 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from analyze.commands.options import (
-    by_option,
-    cache_option,
-    cache_place,
-    cluster,
+    Running,
     command,
-    group_option,
-    grouping,
-    no_cache_option,
+    grouping_options,
+    output_option,
     parquet_target,
+    planned_output,
     progress_of,
+    reference_option,
+    references_option,
     run_argument,
+    running_options,
     runs_argument,
-    scheduler_option,
+    scheduling_options,
     show,
     streams_option,
-    tls_ca_option,
-    tls_cert_option,
-    tls_key_option,
-    workers_option,
+    with_model,
 )
+
+if TYPE_CHECKING:
+    from analyze.groups import Grouping
 
 
 @command(
@@ -37,51 +38,25 @@ from analyze.commands.options import (
     "  --out runs/first.parquet"
 )
 @runs_argument
-@click.option(
-    "--reference",
-    "references",
-    multiple=True,
-    default=("final",),
-    help="The point w* to measure against, may be repeated: final, step:N, mean:K, "
-    "run:PATH[@STEP] or file:PATH. Default: final.",
-)
+@references_option("The point w* to measure against")
 @streams_option
-@by_option
-@group_option
+@grouping_options
 @click.option(
     "--weight-decay",
+    metavar="LAMBDA",
     type=float,
-    help="λ in the columns _wd, of g + λw, instead of that of the training.",
+    help="λ in the columns _wd, which are of g + λw: instead of that of the training.",
 )
-@scheduler_option
-@tls_ca_option
-@tls_cert_option
-@tls_key_option
-@workers_option
-@cache_option
-@no_cache_option
-@click.option(
-    "--plan", is_flag=True, help="Say what would be read, and what that takes; measure nothing."
-)
-@click.option("--out", type=click.Path(), help="Parquet file to write.")
-@click.pass_context
+@planned_output("Parquet file to write.")
+@running_options
 def compute(
-    context: click.Context,
     runs: tuple[str, ...],
     references: tuple[str, ...],
     streams: tuple[str, ...],
-    by: str | None,
-    patterns: tuple[str, ...],
+    grouping: Grouping,
     weight_decay: float | None,
-    scheduler: str,
-    tls_ca: str | None,
-    tls_cert: str | None,
-    tls_key: str | None,
-    workers: int | None,
-    cache: str | None,
-    no_cache: bool,
-    plan: bool,
     out: str | None,
+    running: Running,
 ) -> None:
     """Measure runs into a table, and print the verdict.
 
@@ -91,47 +66,54 @@ def compute(
     about the same gradients and references reads none of them again. Means, and references on
     object stores, are kept in the folder for temporary files (TMPDIR) meanwhile.
     """
-    from analyze.groups import name_of
-    from analyze.tables import concatenate, measure_run, write_table
-    from analyze.verdict import counted, verdict
+    from analyze.references import files_of
+    from analyze.repeats import without_repeats
+    from analyze.tables import concatenate, measure_into, writing_table
+    from analyze.verdict import COLUMNS, counted
+    from analyze.verdict_text import group_verdict, verdict
 
-    place = cache_place(cache, no_cache)
-    options: dict[str, Any] = {
-        "streams": streams,
-        "scheduler": cluster(scheduler, tls_ca, tls_cert, tls_key),
-        "workers": workers,
-        "cache": place,
-    }
-    if plan:
-        for run in dict.fromkeys(runs):
-            show(projected(run, references, options))
-        return
+    question = {"streams": streams, **running.arguments}
     if out is None:
-        raise click.UsageError("Missing option '--out'.", context)
-    files = [text.removeprefix("file:") for text in references if text.startswith("file:")]
-    parquet_target(out, [*runs, *files])
-    chosen = grouping(patterns, by)
-    groupings = ["model"] if chosen == "model" else ["model", chosen]
-    measured = []
-    for run in dict.fromkeys(runs):
-        if sys.stderr.isatty():
-            click.echo(projected(run, references, options), err=True)
-        with progress_of(run) as report:
-            tables = measure_run(
-                run,
-                references,
-                by=groupings,
-                progress=report,
-                weight_decay=weight_decay,
-                **options,
-            )
-        measured.append(tables)
-    table = concatenate([tables[name_of(chosen)] for tables in measured])
-    write_table(table, out)
-    show(verdict(concatenate([tables["model"] for tables in measured])))
+        return _show_plans(runs, references, question)
+    parquet_target(out, [*runs, *files_of(references)])
+    models = []
+    with writing_table(out) as table:
+        for run in without_repeats(runs):
+            if sys.stderr.isatty():
+                _show_plans([run], references, question, err=True)
+            with progress_of(run) as report:
+                model = measure_into(
+                    table,
+                    run,
+                    references,
+                    keep=COLUMNS,
+                    by=grouping,
+                    progress=report,
+                    weight_decay=weight_decay,
+                    **question,
+                )
+            models.append(model)
+        found = verdict(concatenate(models))
+    show(found)
+    if grouping != "model":
+        show(f"\n{group_verdict(out)}")
     click.echo(f"{counted(table.num_rows)} in {out}; next:", err=True)
     page = shlex.quote(f"{out.removesuffix('.parquet')}.html")
     click.echo(f"  analyze report {shlex.quote(out)} --out {page}", err=True)
+
+
+def _show_plans(
+    runs: Sequence[str],
+    references: Sequence[str],
+    question: Mapping[str, Any],
+    *,
+    err: bool = False,
+) -> None:
+    from analyze.plans import plan_run
+    from analyze.repeats import without_repeats
+
+    for run in without_repeats(runs):
+        show(plan_run(run, references, **question), err=err)
 
 
 @command(
@@ -140,50 +122,30 @@ def compute(
 )
 @runs_argument
 @streams_option
-@click.option(
-    "--reference",
-    "references",
-    multiple=True,
-    default=("final",),
-    help="The point w* that sim and cosine_dist refer to, may be repeated, in the forms of "
-    "`analyze compute`. Default: final.",
-)
+@references_option("The point w* that sim and cosine_dist refer to")
 @click.option(
     "--lags",
-    help="Updates between the two steps of a pair: all, or numbers such as 1,2,5,10,20,50. "
-    "Default: all, of up to 200 rows.",
+    metavar="LAGS",
+    help="Updates between the two steps of a pair: all, or numbers such as 1,2,5,10,20,50. Only "
+    "saved steps make pairs: `capture train --every bursts:51:1,2,5,10,20,50` saves every 51st "
+    "step, and those 1, 2, 5, … after it. Default: all, of up to 200 rows.",
 )
-@by_option
-@group_option
-@scheduler_option
-@tls_ca_option
-@tls_cert_option
-@tls_key_option
-@workers_option
-@cache_option
-@no_cache_option
-@click.option(
-    "--noise",
-    type=click.Path(),
-    help="Second Parquet file: of streams with batches, the gradient's norm without noise.",
+@grouping_options
+@output_option(
+    "Second Parquet file: of streams with batches, the gradient's norm without noise.",
+    name="--noise",
 )
-@click.option("--out", type=click.Path(), required=True, help="Parquet file to write.")
+@planned_output("Parquet file to write.")
+@running_options
 def pairs(
     runs: tuple[str, ...],
     streams: tuple[str, ...],
     references: tuple[str, ...],
     lags: str | None,
-    by: str | None,
-    patterns: tuple[str, ...],
-    scheduler: str,
-    tls_ca: str | None,
-    tls_cert: str | None,
-    tls_key: str | None,
-    workers: int | None,
-    cache: str | None,
-    no_cache: bool,
+    grouping: Grouping,
     noise: str | None,
-    out: str,
+    out: str | None,
+    running: Running,
 ) -> None:
     """Compare saved steps with each other.
 
@@ -196,127 +158,111 @@ def pairs(
     from analyze.pair_summary import pair_summary
     from analyze.pair_table import concatenate_pairs
     from analyze.pairs_of_run import measure_pairs
+    from analyze.plans import project_pairs, told
+    from analyze.references import files_of
+    from analyze.repeats import without_repeats
     from analyze.tables import write_table
     from analyze.verdict import counted
 
-    files = [text.removeprefix("file:") for text in references if text.startswith("file:")]
-    wanted = parse_lags(lags)
+    question = {
+        "streams": streams,
+        "lags": parse_lags(lags),
+        "by": with_model(grouping),
+        **running.arguments,
+    }
+    places = without_repeats(runs)
+    if out is None:
+        for run in places:
+            show(told(run, project_pairs(run, references, **question)))
+        return
     if noise is not None and os.path.abspath(noise) == os.path.abspath(out):
         raise click.UsageError("--noise and --out are two files")
     for path in (out, noise):
         if path is not None:
-            parquet_target(path, [*runs, *files])
-    chosen = grouping(patterns, by)
-    groupings = ["model"] if chosen == "model" else ["model", chosen]
-    place = cache_place(cache, no_cache)
+            parquet_target(path, [*runs, *files_of(references)])
     measured = []
-    for run in dict.fromkeys(runs):
+    for run in places:
         with progress_of(run) as report:
-            tables = measure_pairs(
-                run,
-                references,
-                streams=streams,
-                lags=wanted,
-                by=groupings,
-                scheduler=cluster(scheduler, tls_ca, tls_cert, tls_key),
-                workers=workers,
-                progress=report,
-                cache=place,
-            )
-        measured.append(tables)
-    found = concatenate_pairs([tables[name_of(chosen)] for tables in measured])
+            measured.append(measure_pairs(run, references, progress=report, **question))
+    found = concatenate_pairs([tables[name_of(grouping)] for tables in measured])
+    text = pair_summary(concatenate_pairs([tables["model"] for tables in measured]))
     write_table(found.pairs, out)
     if noise is not None:
         write_table(found.noise, noise)
-    show(pair_summary(concatenate_pairs([tables["model"] for tables in measured])))
+    show(text)
     click.echo(f"{counted(found.pairs.num_rows)} in {out}", err=True)
 
 
 @command(example="analyze pca runs/first.zarr --out runs/first-path.parquet")
 @run_argument
-@by_option
 @click.option(
     "--components",
+    metavar="K",
     type=click.IntRange(1),
     default=10,
-    help="Components in the table. Default: 10.",
+    help="Components in the table, those that explain most of the path. Default: 10.",
 )
-@group_option
-@scheduler_option
-@tls_ca_option
-@tls_cert_option
-@tls_key_option
-@workers_option
-@click.option("--out", type=click.Path(), required=True, help="Parquet file to write.")
-def pca(
-    run: str,
-    by: str | None,
-    patterns: tuple[str, ...],
-    components: int,
-    scheduler: str,
-    tls_ca: str | None,
-    tls_cert: str | None,
-    tls_key: str | None,
-    workers: int | None,
-    out: str,
-) -> None:
+@grouping_options
+@planned_output("Parquet file to write.")
+@scheduling_options
+def pca(run: str, components: int, grouping: Grouping, out: str | None, running: Running) -> None:
     """Find the principal components of the path of the weights.
 
     Prints how much each explains beside a random walk, which has large components too. The table
     has one row per group of tensors, component and saved step: the coordinate, and how far the
-    path has come.
+    path has come. It follows from distances between all saved weights, which are read every time.
     """
     from analyze.path_summary import path_summary
     from analyze.path_table import measure_path_table
+    from analyze.plans import project_path, told
     from analyze.tables import write_table
     from analyze.verdict import counted
 
+    if out is None:
+        show(told(run, [project_path(run, by=grouping, **running.scheduling)]))
+        return
     parquet_target(out, [run])
     with progress_of(run) as report:
         table = measure_path_table(
-            run,
-            by=grouping(patterns, by),
-            components=components,
-            scheduler=cluster(scheduler, tls_ca, tls_cert, tls_key),
-            workers=workers,
-            progress=report,
+            run, by=grouping, components=components, progress=report, **running.scheduling
         )
+    text = path_summary(table)
     write_table(table, out)
-    show(path_summary(table))
+    show(text)
     click.echo(f"{counted(table.num_rows)} in {out}", err=True)
 
 
 @command(example="analyze schedule runs/first.zarr --out runs/rate.csv")
 @run_argument
-@click.option(
-    "--reference",
-    default="final",
-    help="The point w* to be reached: final, step:N, mean:K, run:PATH[@STEP] or file:PATH. "
-    "Default: final.",
-)
+@reference_option("The point w* to be reached")
 @click.option(
     "--from",
     "source",
     type=click.Choice(["updates", "minibatch"]),
-    help="Where the rate comes from; minibatch is for plain SGD. Default: updates where recorded.",
+    help="Where the rate comes from: the updates that were taken, or the minibatch gradients of "
+    "plain SGD. Default: updates where recorded.",
 )
 @click.option(
     "--smooth",
+    metavar="N",
     type=int,
     help="Saved steps in a window, an odd number. Default: a tenth of them, at least 5.",
 )
 @click.option(
-    "--factor", type=float, default=1.0, help="Multiply the rate, below 1 to damp it. Default: 1."
+    "--factor",
+    metavar="F",
+    type=float,
+    default=1.0,
+    help="Multiply the rate, below 1 to damp it. Default: 1.",
 )
 @click.option(
     "--by",
     type=click.Choice(["model", "layer", "tensor", "kind"]),
     default="layer",
-    help="The tensors that share a row of the verdict. Default: layer.",
+    help="The tensors that share a row of the verdict, as in `analyze compute`. Default: layer.",
 )
-@cache_option
-@no_cache_option
-@click.option("--out", type=click.Path(), required=True, help="CSV file to write.")
+@planned_output("CSV file to write.")
+@running_options
 def schedule(
     run: str,
     reference: str,
@@ -324,9 +270,8 @@ def schedule(
     smooth: int | None,
     factor: float,
     by: str,
-    cache: str | None,
-    no_cache: bool,
-    out: str,
+    out: str | None,
+    running: Running,
 ) -> None:
     """Write the locally optimal learning rate, for a fresh training.
 
@@ -334,12 +279,18 @@ def schedule(
     the step really taken would have ended nearest w*; with plain SGD it is η*. A window of steps
     shares the rate that is best for all of them. `capture train --lr-schedule FILE` follows it.
 
-    Printed is how η compares with η*, and η* with that of orthogonal gradients.
+    Printed is how η, the rate of the training, compares with η*, the best one, and η* with that of
+    orthogonal gradients.
     """
+    from analyze.plans import plan_schedule
+    from analyze.references import files_of
     from analyze.schedule import schedule_run, write_schedule
     from capture.store.target import check_target
 
-    check_target(out, [reference.removeprefix("file:")] if reference.startswith("file:") else [])
+    if out is None:
+        show(plan_schedule(run, reference, **running.arguments))
+        return
+    check_target(out, files_of([reference]))
     with progress_of(run) as report:
         found, verdict = schedule_run(
             run,
@@ -349,7 +300,7 @@ def schedule(
             factor=factor,
             by=by,
             progress=report,
-            cache=cache_place(cache, no_cache),
+            **running.arguments,
         )
     write_schedule(found, out)
     show(f"{verdict}\n\n{found.describe()}")
@@ -357,12 +308,3 @@ def schedule(
     click.echo(f"  capture train … --lr-schedule {shlex.quote(out)}", err=True)
     if factor == 1:
         click.echo("  (followed as it is, it is often too bold: --factor 0.25 damps it)", err=True)
-
-
-def projected(run: str, references: tuple[str, ...], options: dict[str, Any]) -> str:
-    """Say in one line what measuring a run will take."""
-    from analyze.projection import project_metric, project_run
-
-    passes = [str(each) for each in project_run(run, references, **options)]
-    passes += project_metric(run, references, streams=options["streams"], cache=options["cache"])
-    return f"{run}: {'; then '.join(passes) or 'all was summed before, reads nothing'}"

@@ -5,8 +5,13 @@ from __future__ import annotations
 import click
 
 from analyze.commands.options import (
+    Running,
     command,
     inputs_argument,
+    output_option,
+    plan_option,
+    planned_output,
+    running_options,
     show,
 )
 
@@ -25,25 +30,43 @@ from analyze.commands.options import (
 )
 @click.option(
     "--align",
+    metavar="WHAT",
     default="both",
     help="Compare at equal steps, at equal epochs, or both. Default: both.",
 )
 @click.option(
     "--parts",
+    metavar="NAMES",
     default="early,middle,late",
-    help="Parts of the way to w*, of early, middle, late, all (the three as one) and after (what "
-    "follows w_N). Default: early,middle,late.",
+    help="Parts of the way to w*: early, middle and late are its thirds without the last tenth, "
+    "where γ tends to γ⁰ anyway; all is the three as one, and after is what follows w_N in a table "
+    "against step:N. Default: early,middle,late.",
 )
-@click.option("--level", type=float, default=0.95, help="Level of the intervals. Default: 0.95.")
-@click.option("--seed", type=int, default=0, help="Seed of the bootstrap. Default: 0.")
+@click.option(
+    "--level",
+    metavar="P",
+    type=float,
+    default=0.95,
+    help="Probability with which an interval holds what it is of. Default: 0.95.",
+)
+@click.option(
+    "--seed",
+    metavar="N",
+    type=int,
+    default=0,
+    help="Of the random draws for intervals within a single run, the bootstrap. Default: 0.",
+)
 @click.option(
     "--interpolates-below",
+    metavar="SHARE",
     type=float,
     default=0.01,
     help="Share of their values at w_0 below which loss and gradients at w_T count as "
     "interpolation. Default: 0.01.",
 )
-@click.option("--out", type=click.Path(), help="Table to write, .parquet or .csv.")
+@plan_option
+@output_option("Table to write, .parquet or .csv.")
+@running_options
 def compare(
     inputs: tuple[str, ...],
     group_by: str,
@@ -52,19 +75,26 @@ def compare(
     level: float,
     seed: int,
     interpolates_below: float,
+    plan: bool,
     out: str | None,
+    running: Running,
 ) -> None:
     """Compare groups of runs, with intervals.
 
     A TABLE is what `analyze compute` wrote; a RUN is measured against final. Runs of one group
-    should differ in their seeds only; what else differs is said. The table has one row per number.
+    should differ in their seeds only; what else differs is said. The table has one row per number;
+    as Parquet, `analyze report` draws it.
     """
     from analyze.compare import compare_runs
     from analyze.comparison import check_format, write_comparison
     from analyze.comparison_text import comparison_text
+    from analyze.plans import plan_inputs
     from analyze.verdict import counted
     from capture.store.target import check_target
 
+    if plan:
+        show(plan_inputs(inputs, **running.arguments))
+        return
     if out is not None:
         check_format(check_target(out, inputs))
     comparison = compare_runs(
@@ -75,10 +105,12 @@ def compare(
         level=level,
         seed=seed,
         threshold=interpolates_below,
+        **running.arguments,
     )
+    text = comparison_text(comparison)
     if out is not None:
         write_comparison(comparison, out)
-    show(comparison_text(comparison))
+    show(text)
     if out is not None:
         rows = sum(len(block.rows) for block in comparison.blocks)
         click.echo(f"{counted(rows)} in {out}", err=True)
@@ -86,61 +118,86 @@ def compare(
 
 @command(example="analyze report runs/first.zarr --out runs/first.html")
 @inputs_argument
-@click.option("--out", type=click.Path(), required=True, help="HTML page to write.")
-@click.option("--figures", type=click.Path(), help="Folder to which each figure goes as a file.")
-@click.option("--format", "formats", help="Of these files: png, svg, pdf or several. Default: pdf.")
+@click.option(
+    "--figures",
+    metavar="DIR",
+    type=click.Path(),
+    help="Folder to which each figure goes as a file.",
+)
+@click.option(
+    "--format",
+    "formats",
+    metavar="KINDS",
+    help="Of these files: png, svg, pdf or several, as in png,pdf. Default: pdf.",
+)
 @click.option(
     "--width",
+    metavar="INCHES",
     type=click.FloatRange(1.5, 20),
     default=3.25,
-    help="Of these files, in inches: 3.25 for one column of a paper, 6.75 for two. Default: 3.25.",
+    help="Of these files: 3.25 for one column of a paper, 6.75 for two. Default: 3.25.",
 )
+@planned_output("HTML page to write.")
+@running_options
 def report(
-    inputs: tuple[str, ...], out: str, figures: str | None, formats: str | None, width: float
+    inputs: tuple[str, ...],
+    figures: str | None,
+    formats: str | None,
+    width: float,
+    out: str | None,
+    running: Running,
 ) -> None:
     """Make one HTML page of figures and exact values.
 
-    The page needs no network. A TABLE is what `analyze compute` wrote; a RUN is measured against
-    final.
+    The page needs no network. A TABLE is what `analyze compute`, `pairs`, `pca` or `compare` wrote
+    as Parquet; a RUN is measured against final.
     """
+    from analyze.plans import plan_inputs
     from analyze.report import write_report
     from capture.store.errors import UsageError
     from capture.store.target import check_target
 
+    if out is None:
+        show(plan_inputs(inputs, **running.arguments))
+        return
     if formats is not None and figures is None:
         raise UsageError("--format is for files of figures", fix="say where with --figures DIR")
     check_target(out, inputs)
     chosen = [] if figures is None else ("pdf" if formats is None else formats).split(",")
-    written = write_report(inputs, out, figures_dir=figures, formats=chosen, width=width)
+    written = write_report(
+        inputs, out, figures_dir=figures, formats=chosen, width=width, **running.arguments
+    )
     for path in written:
         click.echo(str(path), err=True)
 
 
 @command(example="analyze export runs/first.zarr --out runs/first.csv")
 @inputs_argument
-@click.option(
-    "--out",
-    type=click.Path(),
-    required=True,
-    help="File to write, or the folder of a Zarr store; its suffix names the format: .csv, "
-    ".parquet, .nc, .zarr or .tex.",
+@planned_output(
+    "File to write, or the folder of a Zarr store; its suffix names the format: .csv, .parquet, "
+    ".nc (NetCDF), .zarr or .tex (LaTeX)."
 )
-def export(inputs: tuple[str, ...], out: str) -> None:
+@running_options
+def export(inputs: tuple[str, ...], out: str | None, running: Running) -> None:
     """Write a table for other programs and for papers.
 
-    A TABLE is what `analyze compute` wrote; a RUN is measured against final, as a whole and by
-    layer. CSV has every float in full, an empty field where it is NaN, and no units. NetCDF and
-    Zarr have a group for each stream; LaTeX has medians and
-    quantiles of the parts of the verdict.
+    A TABLE is what `analyze compute` wrote, or what `pairs`, `pca` or `compare` wrote as Parquet; a
+    RUN is measured against final, as a whole and by layer. CSV has every float in full, an empty
+    field where it is NaN, and no units. NetCDF and Zarr have a group for each stream; LaTeX has the
+    numbers of the verdict, of groups of tensors too.
     """
     from analyze.export import export_inputs
+    from analyze.plans import plan_inputs
 
-    click.echo(str(export_inputs(inputs, out)), err=True)
+    if out is None:
+        show(plan_inputs(inputs, **running.arguments))
+        return
+    click.echo(str(export_inputs(inputs, out, **running.arguments)), err=True)
 
 
 @command(example="analyze methods runs/first.zarr --out runs/methods.tex")
 @inputs_argument
-@click.option("--out", type=click.Path(), help="File to write too, .md or .tex.")
+@output_option("File to write too, .md or .tex.")
 def methods(inputs: tuple[str, ...], out: str | None) -> None:
     """Print a methods paragraph, made of what runs hold.
 

@@ -10,6 +10,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from capture.store.errors import RESTORE, DamagedError, InputError, LockedError,
 DIRECT_BYTES = 4 * 2**20
 DIRECT_BLOCK = 4096
 
-_SPACE = "free space and try again; a stopped training goes on with --resume"
+_SPACE = "free space, then try again"
 _REASONS = {
     errno.ENOSPC: ("the disk is full", _SPACE),
     errno.EDQUOT: ("the disk quota is used up", _SPACE),
@@ -48,21 +49,33 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def write_durably(path: Path, data: Any, scratch: Path) -> None:
-    """Write a whole file so that after a crash it is there in full or not at all.
+    """Write a whole file so that after a crash it is there in full or not at all."""
+    with written_durably(path, scratch) as file, writing(path):
+        view = memoryview(data).cast("B")
+        write_all(file.fileno(), view[_write_past_cache(file.fileno(), view) :])
 
-    A temporary file in `scratch` (same file system), fsync, rename, fsync of the folder.
+
+@contextmanager
+def written_durably(path: Path, scratch: Path) -> Iterator[FileIO]:
+    """Open a file that is there in full when the `with` ends well, and else not at all.
+
+    Without a buffer: write with `write_all`. A temporary file in `scratch` (same file system),
+    fsync, rename, fsync of the folder.
     """
     temporary = scratch / f"{path.name}.{os.getpid()}.tmp"
     with writing(path):
-        try:
-            with open(temporary, "wb", buffering=0) as file:
-                view = memoryview(data).cast("B")
-                write_all(file.fileno(), view[_write_past_cache(file.fileno(), view) :])
+        file = open(temporary, "wb", buffering=0)  # noqa: SIM115 - closed below
+    try:
+        with file:
+            yield file
+            with writing(path):
                 os.fsync(file.fileno())
+        with writing(path):
             os.rename(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    with writing(path):
         sync_folder(path.parent)
 
 

@@ -36,7 +36,6 @@ GIVE_UP = timedelta(minutes=3)
 REQUEST_SECONDS = 120
 
 AGAIN = "check address, credentials and network, then try again"
-_RESUME = f"{AGAIN}; a stopped training goes on with --resume"
 
 
 @lru_cache(maxsize=64)
@@ -105,7 +104,7 @@ def writing(place: PathLike[str]) -> Iterator[None]:
         raise
     except Exception as error:
         what = f"cannot write, the object store refuses ({_reason(error)})"
-        raise WriteError(what, where=place, fix=_RESUME) from error
+        raise WriteError(what, where=place, fix=AGAIN) from error
 
 
 def _reason(error: Exception) -> str:

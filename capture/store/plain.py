@@ -28,10 +28,13 @@ class Entry:
     stop: int
 
 
-def build(tensors: Iterable[tuple[Tensor, bytes]], metadata: Mapping[str, str]) -> bytes:
+def build(
+    tensors: Iterable[tuple[Tensor, bytes | memoryview]], metadata: Mapping[str, str]
+) -> bytes:
     """Build a whole safetensors file from tensors and their raw little-endian bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    parts, position = [], 0
+    parts: list[bytes | memoryview] = []
+    position = 0
     for tensor, data in tensors:
         if len(data) != tensor.nbytes:
             raise ValueError(f"{tensor.name}: {len(data)} bytes, not {tensor.nbytes}")

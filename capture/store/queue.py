@@ -10,6 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from capture.store.errors import WriteError
 from capture.store.shard import Staging
 from capture.store.writer import FLUSH_SECONDS, RunWriter
 
@@ -125,7 +126,7 @@ class SnapshotQueue:
             try:
                 job()
             except BaseException as error:  # carried to the training thread by `check`
-                self._failure = error
+                self._failure = _with_way_on(error)
                 # Wake a training thread that waits for a buffer.
                 for free in list(self._free.values()):
                     free.put(None)
@@ -138,3 +139,13 @@ class SnapshotQueue:
             return self._writer.flush
         self._at_rest = False
         return job
+
+
+def _with_way_on(error: BaseException) -> BaseException:
+    """Say of what the disk refused that the training is not lost."""
+    if not isinstance(error, WriteError) or "--resume" in str(error):
+        return error
+    parts = [part for part in (error.fix, "a stopped training goes on with --resume") if part]
+    told = WriteError(error.what, where=error.where, fix="; ".join(parts))
+    told.__cause__ = error
+    return told

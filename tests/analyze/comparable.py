@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from analyze.tables import METADATA_KEY, TABLE_VERSION, schema
+from analyze.columns import schema
+from analyze.tables import METADATA_KEY, TABLE_VERSION
 from tests.analyze.recorded import OPTIMIZER, TABLE, Values, norms, write_run
 
 ADAM = {**OPTIMIZER, "name": "Adam", "kind": "other"}

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from analyze.tables import METADATA_KEY, TABLE_VERSION, schema
+from analyze.columns import schema
+from analyze.tables import METADATA_KEY, TABLE_VERSION
 
 Values = npt.NDArray[np.float64]
 
@@ -126,6 +127,7 @@ def _rows(path: Path, stream: str, part: slice, every: int, null: bool) -> list[
         for batch in batches:
             if stream == "updates":
                 row = _update(path.w[t + 1, part] - path.w[t, part], e)
+                row |= _update_null(path, t, part) if null else {}
             else:
                 noise = 0.3 * path.rng.normal(size=SIZE)
                 g = path.g[t] if stream == "minibatch" else path.curvature * path.w[t] + noise
@@ -163,7 +165,21 @@ def _update(u: Values, e: Values) -> dict[str, float]:
 
 
 def _null(path: Path, t: int, part: slice) -> dict[str, float]:
+    norms, _, spread = _spread(path, t, part)
+    return {"cosine_null": path.a[t] * norms[t] ** 0.5 / spread**0.5, "lolr_null": path.a[t]}
+
+
+def _update_null(path: Path, t: int, part: slice) -> dict[str, float]:
+    """An update that orthogonal gradients made: -η ⟨u, e⟩ / ‖u‖² is a_t."""
+    norms, past, spread = _spread(path, t, part)
+    length = path.lr[t] * (norms[t] + MOMENTUM**2 * past) ** 0.5
+    factor = path.a[t] / path.lr[t]
+    return {"cosine_update_null": -factor * length / spread**0.5, "lolr_update_null": factor}
+
+
+def _spread(path: Path, t: int, part: slice) -> tuple[Values, float, float]:
+    """‖g‖² of every step, ‖m_{t-1}‖² and ‖e_t‖², if gradients were orthogonal."""
     norms = (path.g[:, part] ** 2).sum(axis=1)
     past = float(MOMENTUM ** (2 * np.arange(t - 1, -1, -1)) @ norms[:t])
     spread = float(path.a[t:] ** 2 @ norms[t:]) + MOMENTUM**2 * path.a[t] ** 2 * past
-    return {"cosine_null": path.a[t] * norms[t] ** 0.5 / spread**0.5, "lolr_null": path.a[t]}
+    return norms, past, spread

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from torch import optim
 
 from analyze.cli import main
-from analyze.projection import project_metric
+from analyze.plans import project_metric
 from analyze.tables import measure_run
 from capture.store import MappedShard
 from capture.store.attributes import attributes_checksum

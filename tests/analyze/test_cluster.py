@@ -190,10 +190,15 @@ def test_a_block_that_kills_every_worker_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_without_workers_it_ends_in_one_line(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_workers_it_says_so_and_ends_in_one_line(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(module, "_WORKER_SECONDS", 2)
+    monkeypatch.setattr(module, "_TELL_SECONDS", 0.5)
     with started(workers=1, folder=tmp_path) as (address, processes):
 
         def kill(done: int, total: int) -> None:
@@ -203,6 +208,24 @@ def test_without_workers_it_ends_in_one_line(
         for progress in (kill, None):  # lost on the way, and none from the start
             with pytest.raises(StraightwayError, match="has had no worker for 2 seconds: tcp://"):
                 measure(run, scheduler=address, rows_per_block=1, progress=progress)
+            (record,) = caplog.records  # nothing of Dask's
+            expected = f"no workers are there: waiting for one, at most 1 seconds more: {address}"
+            assert (record.name, record.getMessage()) == ("analyze", expected)
+            caplog.clear()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("tcp://::::", "tcp://", "tcp://host", "tcp://host:0", "tcp://host:99999", "tls://:8786"),
+        *("tcp://[::1:8786", "http://host:8786", "tcp://host:8786/x", "tcp://me@host:1", "://", ""),
+    ],
+)
+def test_what_is_no_address_is_refused_at_once(run: Path, address: str) -> None:
+    for scheduler in (address, Cluster(address)):
+        with pytest.raises(UsageError, match="is no scheduler; use threads, or an address like"):
+            measure(run, scheduler=scheduler)
 
 
 def test_a_scheduler_that_goes_away_is_one_line(run: Path, tmp_path: Path) -> None:

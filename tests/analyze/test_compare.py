@@ -372,5 +372,8 @@ def test_updates_are_compared_by_the_step_taken(tmp_path: Path) -> None:
     row = cell(frame, part="early", quantity="descent_update", by_run="a")
     assert row.value == pytest.approx(-values[:30].mean())
     assert cell(frame, part="early", quantity="negative", by_run="a").value == 0
-    assert set(frame.quantity) == {"descent_update", "lolr_update", "negative"}
+    of_null = {
+        f"{name}_{what}" for name in ("descent_update", "lolr_update") for what in ("null", "ratio")
+    }
+    assert set(frame.quantity) == {"descent_update", "lolr_update", "negative"} | of_null
     assert "-cos(u, e)" in comparison_text(comparison)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import torch
 
@@ -73,7 +74,8 @@ def test_a_recorded_run_with_orthogonal_gradients_shows_its_null(
     optimizer = torch.optim.SGD(groups, lr=0.1, weight_decay=decay, **extra)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     run = tmp_path / "run.zarr"
-    with Recorder(run, model, optimizer, every=1, clipped=False) as recorder:
+    streams = "minibatch,updates"
+    with Recorder(run, model, optimizer, every=1, gradients=streams, clipped=False) as recorder:
         for step in range(total):
             optimizer.zero_grad()
             (model["a"][step + 1] * (1 + step) - 2 * model["b"][step + 1]).backward()
@@ -82,14 +84,22 @@ def test_a_recorded_run_with_orthogonal_gradients_shows_its_null(
             optimizer.step()
             schedule.step()
     tables = measure_run(str(run), by=["model", "tensor"])
-    for table in tables.values():
+    for both in tables.values():
+        table, updates = (both.filter(pc.field("stream") == name) for name in streams.split(","))
+        # An update is what is left of two neighbouring weights.
+        near = {"rel": 1e-9, "abs": 1e-12}
+        for name in ("cosine_update", "lolr_update"):
+            assert updates[f"{name}_null"].to_numpy() == pytest.approx(
+                updates[name].to_numpy(), **near
+            )
         cosines, rates = (table[name].to_numpy() for name in ("cosine", "lolr"))
         assert np.isfinite(cosines).all()
         # The recorder's float64 norms and the clip factor's float32 in torch both enter.
         assert table["cosine_null"].to_numpy() == pytest.approx(cosines, rel=1e-12)
         assert table["lolr_null"].to_numpy() == pytest.approx(rates, rel=1e-12)
     if form == "sgd" and not decay:
-        last = tables["tensor"].slice(2 * total - 2, 1).to_pylist()[0]
+        own = tables["tensor"].filter(pc.field("stream") == "minibatch")
+        last = own.slice(2 * total - 2, 1).to_pylist()[0]
         assert last["cosine"] == pytest.approx(1.0, rel=1e-14)
         rate = 0.1 * 0.9 ** (total - 1)
         assert [last["rsi"], last["eb"]] == pytest.approx([1 / rate] * 2, rel=1e-12)

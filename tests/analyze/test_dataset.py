@@ -11,9 +11,10 @@ import pytest
 import xarray as xr
 
 import analyze
+from analyze.columns import schema
 from analyze.dataset import FACTS, to_dataset, to_table, to_tree
 from analyze.library import measure_dataset, measure_table, measure_tree
-from analyze.tables import METADATA_KEY, concatenate, measure_run, read_metadata, schema
+from analyze.tables import METADATA_KEY, concatenate, measure_run, read_metadata
 from capture.store import InputError, UnknownNameError, UsageError, open_run
 from tests.analyze.recorded import SPARSE, TABLE, random_run, read_rows, sparse_run, write_run
 from tests.analyze.simulation import simulate

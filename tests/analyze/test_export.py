@@ -2,9 +2,11 @@
 
 import csv
 import io
+import json
 import re
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from click.testing import Result
 
 from analyze.dataset import FACTS, to_dataset, to_table
 from analyze.export import export_inputs, export_table
-from analyze.latex import code, escape, math, number
+from analyze.latex import code, decimal, escape, math
 from analyze.tables import concatenate, measure_run, read_metadata, write_table
-from analyze.verdict import summarise, verdict
+from analyze.verdict import summarise
 from analyze.verdict_tex import verdict_tex
+from analyze.verdict_text import verdict
 from capture.store import InputError, UsageError
 from tests.analyze.recorded import random_run
 from tests.analyze.simulation import simulate
@@ -163,6 +166,23 @@ def test_zarr_holds_the_arrays_of_every_stream(table: pa.Table, tmp_path: Path) 
         xr.testing.assert_identical(data.load(), expected(table, "fixed"))
     with xr.open_datatree(tmp_path / "out.zarr", engine="zarr", consolidated=False) as tree:
         assert same(ordered(to_table(tree)), ordered(table))
+
+
+def test_zarr_opens_without_a_word(table: pa.Table, tmp_path: Path) -> None:
+    """Warnings are errors here; so they are where a user's tests say so."""
+    out = export_table(table, tmp_path / "out.zarr")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with xr.open_zarr(out) as data:
+            assert read_metadata(table) == json.loads(data.attrs[FACTS])
+        for stream in ("fixed", "minibatch", "updates"):
+            with xr.open_zarr(out, group=stream) as data:
+                xr.testing.assert_identical(data.load(), expected(table, stream))
+        with xr.open_datatree(out, engine="zarr") as tree:
+            assert same(ordered(to_table(tree)), ordered(table))
+        root: Any = zarr.open_group(out, mode="r")
+        assert set(root.group_keys()) == {"fixed", "minibatch", "updates"}
+        assert np.isfinite(root["minibatch/cosine"][()]).any()
 
 
 @pytest.mark.parametrize("suffix", [".nc", ".zarr"])
@@ -336,6 +356,11 @@ def rows_of(text: str) -> list[list[str]]:
     return [line[4:].removesuffix(r" \\").split(" & ") for line in lines]
 
 
+def of_parts(text: str) -> list[list[str]]:
+    """Those of whole models, one for each part of the way."""
+    return [row for row in rows_of(text) if row[1] in ("early", "middle", "late", "after")]
+
+
 def bare(cell: str) -> str:
     return re.sub(r"[${}]|\\scriptsize|\\,|\\%", "", cell).strip()
 
@@ -355,13 +380,14 @@ def test_the_latex_table_has_the_numbers_of_the_definition() -> None:
             low, high = np.quantile(cosine, [0.1, 0.9])
             shown = [rf"\texttt{stream}" if place == 0 else "", part, str(len(own))]
             shown.append(f"{cosine.median():.3g} [{low:.3g}, {high:.3g}]")
-            if stream == "minibatch":
-                shown.append(f"{own.cosine_null.median():.3g}")
-                for ratio in (own.cosine / own.cosine_null, own.lolr / own.lolr_null):
-                    low, high = np.quantile(ratio, [0.1, 0.9])
-                    shown.append(f"{ratio.median():.3g} [{low:.3g}, {high:.3g}]")
-            else:
-                shown += ["--"] * 3
+            null, ratios = own.cosine_null, (own.cosine / own.cosine_null, own.lolr / own.lolr_null)
+            if stream == "updates":
+                null = -own.cosine_update_null
+                ratios = (cosine / null, own.lolr_update / own.lolr_update_null)
+            shown.append(f"{null.median():.3g}")
+            for ratio in ratios:
+                low, high = np.quantile(ratio, [0.1, 0.9])
+                shown.append(f"{ratio.median():.3g} [{low:.3g}, {high:.3g}]")
             wanted.append([*shown, f"{100 * (cosine < 0).mean():.3g}"])
     assert [[bare(cell) for cell in row] for row in rows] == wanted
 
@@ -373,7 +399,7 @@ def test_latex_and_terminal_tell_the_same(table: pa.Table) -> None:
         for cells in lines
         if len(cells) > 3 and cells[1] in ("early", "middle", "late", "after")
     ]
-    rows = [row for row in rows_of(verdict_tex(table)) if row[1] != "part"]
+    rows = of_parts(verdict_tex(table))
     assert [(row[1], bare(row[2])) for row in rows] == told
     found = summarise(table)
     assert len(found) == 3
@@ -387,15 +413,16 @@ def test_the_latex_is_sound(table: pa.Table) -> None:
     text = verdict_tex(concatenate([simulate(HOSTILE, streams=("minibatch", "fixed")), table]))
     assert text.isascii()
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", text)
-    assert {len(row) for row in rows_of(text)} == {8}
+    assert {len(row) for row in of_parts(text)} == {8}
     unescaped = re.sub(r"\\[{}$%&#_]", "", text)
     assert unescaped.count("{") == unescaped.count("}")
     assert unescaped.count("$") % 2 == 0
     for kind in ("table*", "tabular"):
         begun = text.count(rf"\begin{{{kind}}}")
-        assert begun == text.count(rf"\end{{{kind}}}") == 4
+        # Of whole models 4, and of the layers of a recorded run one for each stream and reference.
+        assert begun == text.count(rf"\end{{{kind}}}") == 10
     labels = re.findall(r"\\label\{(.*?)\}", text)
-    assert len(set(labels)) == 4
+    assert len(set(labels)) == 10
     assert all(re.fullmatch("tab:[-0-9A-Za-z]+", label) for label in labels)
     assert r"my\_run \& 50\% \{of\} \$x\textasciicircum{}2\$" in text
 
@@ -425,13 +452,10 @@ def test_pdflatex_takes_the_table(table: pa.Table, tmp_path: Path) -> None:
     compiles(tmp_path, r"\input{out}")
 
 
-def test_a_table_without_the_whole_model_has_no_verdict(recorded: Path, tmp_path: Path) -> None:
-    for measured in (
-        measure_run(str(recorded), by=["layer"])["layer"],
-        measure_run(str(recorded), streams=["weights"])["model"],
-    ):
-        with pytest.raises(InputError, match="no gradients or updates of the whole model"):
-            export_table(measured, tmp_path / "out.tex")
+def test_a_table_of_weights_alone_has_no_verdict(recorded: Path, tmp_path: Path) -> None:
+    measured = measure_run(str(recorded), streams=["weights"])["model"]
+    with pytest.raises(InputError, match="no gradients or updates"):
+        export_table(measured, tmp_path / "out.tex")
     assert not list(tmp_path.iterdir())
 
 
@@ -455,7 +479,7 @@ def test_names_formulas_and_numbers_are_set() -> None:
     assert code("runs/w_0.zarr") == r"\texttt{runs/\allowbreak{}w\_0.zarr}"
     assert math("RSI = ⟨g, e⟩ / ‖e‖²") == r"\mathrm{RSI} = \langle g, e\rangle / \|e\|^2"
     assert math("η*/a_t") == r"\eta^*/a_t"
-    assert [number(value) for value in (0.12345, -3.0, 1.5e-7, np.nan, np.inf, 123456.0)] == [
+    assert [decimal(value) for value in (0.12345, -3.0, 1.5e-7, np.nan, np.inf, 123456.0)] == [
         *("0.123", "-3", r"1.5 \times 10^{-7}", "--", "--", r"1.23 \times 10^{5}")
     ]
 

@@ -1,16 +1,19 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from analyze.axes import angle_label, number_label, value_scale
-from analyze.charts import COLUMN, FORMATS, Chart, draw_file, draw_inline
+from analyze.charts import Chart, Epochs
 from analyze.curves import Columns, Curve, read_columns, read_curves, run_labels
-from analyze.figures import KINDS, PALETTE, build_figures, end_of
-from analyze.heatmap import MAX_GROUPS, HeatMap, build_heat_map, draw_cells
-from tests.analyze.simulation import SIZE, TENSORS, simulate
+from analyze.drawing import COLUMN, FORMATS, draw_file, draw_inline
+from analyze.figure_kinds import KINDS
+from analyze.figures import PALETTE, build_figures, end_of
+from analyze.heatmap import MAX_GROUPS, HeatMap, build_heat_maps, draw_cells
+from tests.analyze.simulation import SIZE, STEPS_PER_EPOCH, TENSORS, simulate
 
 RUN = "runs/demo.zarr"
 END = {RUN: (360.0, 400.0)}
@@ -115,7 +118,8 @@ def test_one_line_of_several_runs_is_named(curves: list[Curve]) -> None:
     other = read_columns(simulate("other.zarr", null=False), {})
     both = [*curves[:1], *read_curves(other, "other.zarr", "final", "other")]
     charts = {chart.name: chart for chart in build_figures(both, END)}
-    assert [line.label for line in charts["rsi"].lines] == ["RSI⁻ demo", "RSI⁻ other"]
+    labels = [line.label for line in charts["rsi"].lines]
+    assert labels == ["RSI⁻ demo", "RSI⁻ other", "null RSI⁰ demo minibatch"]
     # Only one of the two has a null.
     assert [line.label for line in charts["cosine-ratio"].lines] == ["γ/γ⁰ demo"]
     assert charts["cosine-ratio"].named
@@ -145,6 +149,77 @@ def test_each_run_keeps_its_colour_in_every_figure() -> None:
     draw_file(charts["rsi"], "svg")
 
 
+def runs_beside(*others: dict[str, Any]) -> list[Curve]:
+    """Curves of runs `a`, `b`, … of 200 updates, with columns replaced by functions of them."""
+    curves = []
+    for seed, changes in enumerate(others):
+        name = "abc"[seed]
+        columns = read_columns(simulate(f"{name}.zarr", seed=seed, total=200), {})
+        changed = {**columns, **{key: change(columns[key]) for key, change in changes.items()}}
+        curves += read_curves(changed, f"{name}.zarr", "final", name)
+    return curves
+
+
+ENDS = {"a.zarr": (180.0, 200.0), "b.zarr": (180.0, 200.0)}
+
+
+def test_runs_of_one_batch_size_have_epochs_as_a_second_scale() -> None:
+    charts = {chart.name: chart for chart in build_figures(runs_beside({}, {}), ENDS)}
+    for chart in charts.values():
+        assert chart.epochs == Epochs(STEPS_PER_EPOCH)
+    (panel,) = draw_inline(charts["cosine-ratio"], "here").points["panels"]
+    assert panel["place"] == "step"
+
+
+def test_runs_of_other_batch_sizes_are_drawn_at_equal_epochs_too() -> None:
+    """The second has twice as many updates in an epoch: its 200 are 3.57 epochs, not 7.14."""
+    curves = runs_beside({}, {"epoch": lambda epoch: epoch / 2})
+    charts = {chart.name: chart for chart in build_figures(curves, ENDS)}
+    for chart in charts.values():
+        assert chart.epochs is not None
+        assert chart.epochs.each is None
+        first, last = 180 / STEPS_PER_EPOCH, 200 / STEPS_PER_EPOCH
+        expected = [(first, last), (first / 2, last / 2)]
+        assert np.allclose(chart.epochs.ends, expected)
+    for width in (COLUMN, 2 * COLUMN):
+        drawing = draw_inline(charts["cosine-ratio"], "here", width)
+        steps, epochs = drawing.points["panels"]
+        assert (steps["place"], epochs["place"]) == ("step", "epoch")
+        for number, scale in enumerate((1, 2)):
+            line = epochs["lines"][number]
+            shown = np.array(steps["lines"][number]["x"]) / STEPS_PER_EPOCH / scale
+            assert line["x"] == pytest.approx(shown)
+            assert line["v"] == steps["lines"][number]["v"]
+            # Equal epochs stand above each other, whatever the steps.
+            left, _, right, _ = epochs["box"]
+            assert left < line["px"][0] < line["px"][-1] < right
+        slopes = [
+            (line["px"][9] - line["px"][3]) / (line["x"][9] - line["x"][3])
+            for line in epochs["lines"]
+        ]
+        assert slopes[0] == pytest.approx(slopes[1], rel=0.01)
+
+
+def test_a_run_without_epochs_is_missed_at_equal_epochs_and_named() -> None:
+    nothing = {"epoch": lambda epoch: np.full_like(epoch, np.nan)}
+    chart = build_figures(runs_beside({}, nothing), ENDS)[0]
+    assert "The second lacks b, whose epochs are not known." in chart.caption
+    _, epochs = draw_inline(chart, "here").points["panels"]
+    assert [line["label"].split()[1] for line in epochs["lines"]] == ["a", "γ⁰"]
+    chart = build_figures(runs_beside(nothing, nothing), ENDS)[0]
+    assert chart.epochs is None
+    assert "the runs do not tell their epochs" in chart.caption
+
+
+def test_rsi_and_eb_have_the_nulls_of_their_definitions(columns: Columns) -> None:
+    """With ⟨g, e⟩₀ = a_t ‖g‖² and ‖e‖₀ = a_t ‖g‖ / γ⁰."""
+    own = columns["stream"] == "minibatch"
+    a, null, norm = (columns[name][own] for name in ("lolr_null", "cosine_null", "norm_grad"))
+    dist = a * norm / null
+    np.testing.assert_allclose(columns["rsi_null"][own], a * norm**2 / dist**2, rtol=1e-12)
+    np.testing.assert_allclose(columns["eb_null"][own], norm / dist, rtol=1e-12)
+
+
 def test_undefined_values_are_counted() -> None:
     columns = read_columns(simulate(), {RUN: SIZE})
     columns["rsi"][:3] = np.nan
@@ -156,7 +231,7 @@ def test_undefined_values_are_counted() -> None:
 def test_hover_points_lie_on_the_drawn_line(charts: dict[str, Chart]) -> None:
     for name in ("distance", "rsi", "cosine"):  # log, symmetric log, linear with a second axis
         drawing = draw_inline(charts[name], "here")
-        points = drawing.points["lines"][0]
+        points = drawing.points["panels"][0]["lines"][0]
         path = re.search(
             r'here-line2d_\d+">\s*<path d="([^"]*)" clip-path[^>]*#0072b2', drawing.svg
         )
@@ -205,12 +280,14 @@ def test_names_are_no_formulas(curves: list[Curve], tmp_path: Path) -> None:
 def test_heat_map_holds_the_ratio_of_each_group() -> None:
     columns = read_columns(simulate(by_tensor=True), {RUN: SIZE})
     assert not columns["whole"].any()
-    heat_map = build_heat_map(columns, "minibatch", (360, 400), "tensor")
-    assert heat_map is not None
+    heat_map, rates = build_heat_maps(columns, "minibatch", (360, 400), "tensor")
     assert heat_map.groups == tuple(TENSORS)
     assert heat_map.sizes == tuple(stop - start for start, stop in TENSORS.values())
     dense = (columns["cosine"] / columns["cosine_null"]).reshape(len(TENSORS), -1)
     np.testing.assert_array_equal(heat_map.values, dense)
+    assert (heat_map.name, rates.name) == ("groups-minibatch", "groups-minibatch-rate")
+    dense = (columns["lolr"] / columns["lolr_null"]).reshape(len(TENSORS), -1)
+    np.testing.assert_array_equal(rates.values, dense)
     assert draw_file(heat_map, "png").startswith(b"\x89PNG")
 
 
@@ -233,8 +310,7 @@ def test_heat_map_of_many_groups_and_rows_says_what_it_leaves_out() -> None:
     many = {name: np.tile(values, 14) for name, values in columns.items()}
     many["group"] = np.repeat(np.array([*names, "a", "b"], object), 200)
     many["num_parameters"] = np.repeat(np.arange(42.0), 200)
-    heat_map = build_heat_map(many, "minibatch", None)
-    assert heat_map is not None
+    heat_map, _ = build_heat_maps(many, "minibatch", None)
     assert len(heat_map.groups) == MAX_GROUPS
     assert heat_map.groups[-1] == "b"
     assert f"The {MAX_GROUPS} largest of 42 groups" in heat_map.caption

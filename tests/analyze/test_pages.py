@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import nn
 
+from analyze.compare import compare_runs
+from analyze.comparison import write_comparison
 from analyze.report import write_report
 from analyze.tables import concatenate, measure_run, write_table
 from capture import Recorder
@@ -41,7 +43,7 @@ COMMON = """
 HOVER = """
   const figure = document.querySelector("figure[id$='-rsi']");
   const svg = figure.querySelector("svg");
-  const line = JSON.parse(figure.querySelector("script").textContent).lines[0];
+  const line = JSON.parse(figure.querySelector("script").textContent).panels[0].lines[0];
   figure.scrollIntoView();
   const near = new DOMPoint(line.px[7] + 0.3, line.py[7] - 0.3);
   const at = near.matrixTransform(svg.getScreenCTM());
@@ -127,8 +129,8 @@ def data(document: str, name: str) -> str:
 def test_page_opens_in_a_browser_without_errors(opened: tuple[str, str]) -> None:
     document, complaints = opened
     assert complaints == ""
-    # Ten kinds of figure for the whole model, and one heat map of the tensors.
-    assert data(document, "drawn") == "11"
+    # Twelve kinds of figure for the whole model, and two heat maps of the tensors.
+    assert data(document, "drawn") == "14"
     assert data(document, "loaded") == "0"
     assert data(document, "wide") == "false"
 
@@ -141,7 +143,9 @@ def test_a_broken_page_is_noticed(page: Path, browse: Browse) -> None:
 
 def test_hover_shows_the_exact_value(opened: tuple[str, str], table: pa.Table) -> None:
     row = table.slice(7, 1).to_pylist()[0]
-    first, second = data(opened[0], "tip").split("\n")
+    first, second, third = data(opened[0], "tip").split("\n")
+    null = row["cosine_null"] ** 2 / row["lolr_null"]
+    assert third == f"null RSI⁰: {null:.6g}"
     assert first == f"step {row['step']} · epoch {row['epoch']:g}"
     assert second == f"RSI⁻ minibatch: {row['rsi']:.6g}".replace("-", "−")
     assert data(opened[0], "after") == "true"
@@ -153,7 +157,7 @@ def test_values_open_as_a_table_and_in_full_precision(
     head, _, text = data(opened[0], "csv").partition(",")
     assert head == "data:text/csv;charset=utf-8"
     lines = text.strip().split("\n")
-    assert lines[0] == "step,epoch,EB⁺ minibatch"
+    assert lines[0] == "step,epoch,EB⁺ minibatch,null EB⁰"
     assert data(opened[0], "rows") == "80"
     shown = [float(line.split(",")[2]) for line in lines[1:]]
     own = table.filter(pa.compute.field("stream") == "minibatch")
@@ -188,7 +192,8 @@ def test_a_recorded_run_is_readable_on_a_phone(recorded: Path, browse: Browse) -
     (page,) = write_report(inputs, recorded / "report.html")
     document, complaints = browse(page, HOVER, VERDICT, width=400)
     assert complaints == ""
-    assert data(document, "drawn") == "11"
+    # Twelve of the run; and two heat maps by layer of each stream.
+    assert data(document, "drawn") == "16"
     assert data(document, "wide") == "false"
     assert int(data(document, "width")) <= 500  # some builds of Chromium make no narrower window
     assert data(document, "seen").split(";")[:5] == ["part", "n (eff.)", "γ", "γ⁰", "γ/γ⁰"]
@@ -198,3 +203,80 @@ def test_a_recorded_run_is_readable_on_a_phone(recorded: Path, browse: Browse) -
     rsi = pq.read_table(recorded / "mine.parquet").filter(pa.compute.field("stream") == "minibatch")
     assert f"RSI⁻ minibatch: {rsi['rsi'][7].as_py():.6g}".replace("-", "−") in data(document, "tip")
     assert np.isfinite(rsi["cosine_null"].to_numpy()).any()
+
+
+EPOCHS = """
+  const figure = document.querySelector("figure[id$='-cosine-ratio']");
+  const svg = figure.querySelector("svg");
+  const panels = JSON.parse(figure.querySelector("script").textContent).panels;
+  const line = panels[1].lines[1];
+  figure.scrollIntoView();
+  const at = new DOMPoint(line.px[6], line.py[6]).matrixTransform(svg.getScreenCTM());
+  svg.dispatchEvent(new PointerEvent("pointermove", { clientX: at.x, clientY: at.y }));
+  document.body.dataset.tip = figure.querySelector(".tip").innerText;
+  const details = figure.querySelector("details");
+  details.addEventListener("toggle", () => {
+    document.body.dataset.csv = decodeURIComponent(details.querySelector("a").href);
+  });
+  details.open = true;
+"""
+
+
+def test_runs_of_other_batch_sizes_show_and_list_their_own_epochs(
+    tmp_path: Path, browse: Browse
+) -> None:
+    """Equal steps are other epochs: of the second run, half of those of the first."""
+    paths = []
+    for seed, run in enumerate(("a", "b")):
+        table = simulate(f"{run}.zarr", seed=seed, total=200)
+        place = table.schema.get_field_index("epoch")
+        halved = pa.compute.divide(table["epoch"], seed + 1.0)
+        paths.append(str(tmp_path / f"{run}.parquet"))
+        write_table(table.set_column(place, table.schema.field(place), halved), paths[-1])
+    (page,) = write_report(paths, tmp_path / "page.html")
+    document, complaints = browse(page, EPOCHS)
+    assert complaints == ""
+    epochs = (30 / 40, 30 / 80)
+    assert data(document, "tip").split("\n")[0] == f"epoch {epochs[1]:g}"
+    rows = [line.split(",") for line in data(document, "csv").strip().split("\n")[1:]]
+    own = [row for row in rows if row[0] == "30"]
+    assert [(float(row[1]), row[2] != "", row[3] != "") for row in own] == [
+        (epochs[1], False, True),
+        (epochs[0], True, False),
+    ]
+
+
+COMPARED = """
+  const tip = (figure, x, y) => {
+    const svg = figure.querySelector("svg");
+    const at = new DOMPoint(x, y).matrixTransform(svg.getScreenCTM());
+    svg.dispatchEvent(new PointerEvent("pointermove", { clientX: at.x, clientY: at.y }));
+    return figure.querySelector(".tip").innerText;
+  };
+  const figure = document.querySelector("figure[id$='-comparison-minibatch']");
+  figure.scrollIntoView();
+  const { lines } = JSON.parse(figure.querySelector("script").textContent).panels[2];
+  document.body.dataset.tip = tip(figure, lines[0].px[2], lines[0].py[2]);
+"""
+
+
+def test_a_comparison_tells_its_intervals(tmp_path: Path, browse: Browse) -> None:
+    paths = []
+    for seed in (0, 1):
+        paths.append(str(tmp_path / f"{seed}.parquet"))
+        write_table(simulate(f"{seed}.zarr", seed=seed), paths[-1])
+    comparison = compare_runs(paths, ["task"])
+    write_comparison(comparison, tmp_path / "compare.parquet")
+    (page,) = write_report([str(tmp_path / "compare.parquet")], tmp_path / "page.html")
+    document, complaints = browse(page, COMPARED, width=400)
+    assert complaints == ""
+    assert data(document, "wide") == "false"
+    row = next(
+        row
+        for row in comparison.blocks[0].rows
+        if (row["part"], row["quantity"]) == ("late", "cosine_ratio")
+    )
+    part, told = data(document, "tip").split("\n")
+    assert part == "part late"
+    value, low, high = (f"{row[name]:.6g}".replace("-", "−") for name in ("value", "low", "high"))
+    assert told == f"γ/γ⁰ task=quadratic: {value} [{low}, {high}]"

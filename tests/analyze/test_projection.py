@@ -13,9 +13,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from analyze import tensor_file
+from analyze.amounts import duration, size
 from analyze.cli import main
 from analyze.compute import compute_moments
-from analyze.projection import duration, project, project_run, size
+from analyze.plans import project_run
+from analyze.projection import project
 from analyze.references import parse_reference
 from capture.store import UnknownNameError, layout, open_run
 from capture.store.open_shard import MappedShard

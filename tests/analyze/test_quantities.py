@@ -108,6 +108,7 @@ def test_an_update_has_no_gradient_quantities_and_a_gradient_none_of_updates() -
     assert of_update & of_gradient == of_weights
     both = of_update | of_gradient | {"cosine_null", "lolr_null", "own_share"}
     both |= {"path_length", "straightness", "loss_gap", "star_convexity", "aiming"}
+    both |= {"cosine_update_null", "lolr_update_null"}
     both |= {"norm_dist_adam", "norm_grad_adam", "cosine_adam", "lolr_adam"}
     assert both == {quantity.name for quantity in QUANTITIES}
 

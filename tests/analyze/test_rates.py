@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from analyze.directions import update_null
-from analyze.groups import group_tensors
 from analyze.rates import Contraction, contractions
 from analyze.schedule import schedule_run
 from analyze.tables import measure_run
@@ -157,15 +156,16 @@ def test_plain_sgd_has_one_table_for_both_streams(tmp_path: Path) -> None:
 
 def test_heavy_ball_updates_and_gradients_have_one_null(tmp_path: Path) -> None:
     path = record(tmp_path / "run.zarr", 30, rates, momentum=0.9)
-    run, steps = open_run(path), np.arange(30)
-    _, groups = group_tensors(run.table, "layer")
-    found = update_null(run, "final", steps, groups)
-    table: pa.Table = measure_run(str(path), streams=["minibatch"], by=["layer"])["layer"]
-    expected = table["lolr_null"].to_numpy().reshape(30, 2)
-    assert found is not None
-    lr = Rows(path).scalar("lr")[:, None]
-    assert lr * found == pytest.approx(expected, rel=1e-12)
-    assert update_null(run, "mean:3", steps, groups) is None
+    table: pa.Table = measure_run(str(path), ["final", "mean:3"], by=["layer"])["layer"]
+    by_stream = {
+        name: table.filter((pc.field("stream") == name) & (pc.field("reference") == "final"))
+        for name in ("minibatch", "updates")
+    }
+    updates, expected = by_stream["updates"], by_stream["minibatch"]["lolr_null"].to_numpy()
+    found = updates["lr"].to_numpy() * updates["lolr_update_null"].to_numpy()
+    assert found == pytest.approx(expected, rel=1e-12)
+    means = table.filter(pc.field("reference") == "mean:3")
+    assert np.isnan(means["lolr_update_null"].to_numpy()).all()
 
 
 def test_a_part_without_rows_shows_no_numbers(tmp_path: Path) -> None:

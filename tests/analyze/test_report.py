@@ -9,13 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analyze.charts import Drawing
 from analyze.curves import read_columns, read_curves
+from analyze.drawing import Drawing
 from analyze.facts import conditional_rate, run_facts
-from analyze.page import read_verdict
+from analyze.page import summary
 from analyze.report import write_report
-from analyze.tables import METADATA_KEY
-from analyze.verdict import verdict
+from analyze.tables import METADATA_KEY, read_table
+from analyze.verdict import summarise
+from analyze.verdict_groups import summarise_groups
+from analyze.verdict_text import verdict
 from capture.store.errors import InputError, UsageError, WriteError
 from tests.analyze.simulation import simulate
 from tests.analyze.small_runs import random_streams, write_run
@@ -124,7 +126,12 @@ def test_figures_are_written_in_the_formats_asked_for(tables: list[str], tmp_pat
     )
     assert written[0] == out
     names = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    assert names == ["demo-final-groups-minibatch.pdf", "demo-final-groups-minibatch.png"]
+    expected = [
+        f"demo-final-groups-minibatch{what}.{kind}"
+        for what in ("-rate", "")
+        for kind in ("pdf", "png")
+    ]
+    assert names == expected
     assert {path.name for path in written[1:]} == set(names)
     png = (tmp_path / "figures" / names[1]).read_bytes()
     assert int.from_bytes(png[16:20]) == 6.75 * 300
@@ -262,27 +269,31 @@ def test_facts_fill_the_gaps_of_a_configuration() -> None:
     assert "Learning rate" not in dict(run_facts({}, "final", np.full(3, np.nan)))
 
 
-def test_the_verdict_on_the_page_has_every_word_of_its_text() -> None:
-    text = verdict(simulate(streams=("minibatch", "updates")))
-    blocks = read_verdict(text)
-    assert [value for value, _ in blocks[0].head] == [
-        "part",
-        "n (eff.)",
-        "γ",
-        "γ⁰",
-        "γ/γ⁰",
-        "γ < 0",
+def test_the_verdict_on_the_page_has_every_number_of_its_text() -> None:
+    """Both are laid out from the same numbers; two spaces part the cells of the text."""
+    table = simulate(streams=("minibatch", "updates"))
+    (block,) = map(summary, summarise(table))
+    assert [value for value, _ in block.head] == [
+        *("part", "n (eff.)", "γ", "γ⁰", "γ/γ⁰", "η*/aₜ", "γ < 0"),
     ]
-    assert list(blocks[0].streams) == ["minibatch", "updates"]
-    words: list[str] = []
-    for block in blocks:
-        rows = [block.head, *(row for rows in block.streams.values() for row in rows)]
-        words += [*block.heading, *block.notes, "stream" if block.head else ""]
-        words += [" ".join(cell) for row in rows for cell in row]
-        words += [name for name, rows in block.streams.items() for _ in rows]
-    assert sorted(" ".join(words).split()) == sorted(text.split())
-    long = read_verdict("run   w* = final\nγ⁰: one\n  two\nthree")
-    assert long[0].notes == ["γ⁰: one two", "three"]
+    assert list(block.streams) == ["minibatch", "updates"]
+    lines = [re.split(" {2,}", line) for line in verdict(table).split("\n")]
+    for stream, rows in block.streams.items():
+        told = [cells[1:] for cells in lines if cells[0] == stream]
+        assert [[" ".join(cell).strip() for cell in row] for row in rows] == told
+
+
+def test_groups_stand_in_the_section_of_their_run(tables: list[str], tmp_path: Path) -> None:
+    for inputs, alone in ((tables, False), (tables[1:], True)):
+        text = write_report(inputs, tmp_path / "page.html")[0].read_text()
+        assert ('id="verdict"' in text) is not alone
+        section = text.partition("<section ")[2]
+        assert section.count("minibatch, by tensor</th>") == 1
+        (found,) = summarise_groups(read_table(tables[1]))
+        for row in found.rows:
+            numbers = [*row.cosine, *row.ratio, *row.rate_ratio]
+            cells = "".join(f"<td>{value:.3g}</td>" for value in numbers)
+            assert f"<td>{row.group}</td><td>{row.size:,}</td>{cells}" in section
 
 
 def test_the_rate_is_conditional_and_leaves_out_the_end() -> None:

@@ -77,6 +77,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["run.zarr", "--smooth", "2"], 2, "a window of 2 rows has no middle"),
         (["run.zarr", "--smooth", "2.5"], 2, "2.5"),
         (["run.zarr", "--factor", "-1"], 2, "rates cannot be multiplied with -1"),
+        (["run.zarr", "--factor", "1e308"], 2, "which no training can follow: run.zarr; use a sm"),
+        (["run.zarr", "--factor", "1e45"], 2, "the rate at step"),
         (["run.zarr", "--from", "fixed"], 2, "'fixed' is not one of"),
         (["run.zarr", "--from", "minibatch"], 3, "this SGD has momentum"),
         (["run.zarr", "--by", "sort"], 2, "'sort' is not one of"),
@@ -94,7 +96,7 @@ def test_what_a_user_can_do_wrong(
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
-    assert [path.name for path in folder.iterdir()] == ["run.zarr"]
+    assert [path.name for path in folder.glob("*.csv")] == []
 
 
 def test_the_file_explains_itself_and_the_command_says_what_it_did(folder: Path) -> None:

@@ -7,8 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from analyze.tables import concatenate, measure_run, schema
-from analyze.verdict import part_of, summarise, verdict
+from analyze.columns import schema
+from analyze.tables import concatenate, measure_run
+from analyze.verdict import part_of, summarise
+from analyze.verdict_text import verdict
 from capture.store import Tensor, TensorTable, open_run
 from tests.analyze.recorded import Values, random_run, write_run
 
@@ -89,7 +91,7 @@ def test_medians_quantiles_ratio_and_fraction_of_each_part() -> None:
         *("minibatch", "early", "30", "(3)", "0.145", "0.25", "0.58", "[0.116,", "1.04]"),
     ]
     # Of the share of 30 rows below 0, which is 0, Wilson's at 3 effective steps: up to 57 %.
-    assert line_of(text, "early")[9:] == ["0", "%", "[0,", "57.2]"]
+    assert line_of(text, "early")[9:] == ["–", "0", "%", "[0,", "57.2]"]
     assert line_of(text, "middle")[2] == "30"
     assert "100 %" in next(line for line in text.splitlines() if " middle " in line)
     assert "1.6 [1.6, 1.6]" in next(line for line in text.splitlines() if " late " in line)
@@ -132,7 +134,7 @@ def test_no_null_is_said_with_its_reason() -> None:
     text = verdict(table_of(np.full(100, 0.1), np.nan, "no null: Adam has no closed form"))
     line = line_of(text, "early")
     assert line[:3] == ["minibatch", "early", "30"]
-    assert line.count("–") == 2
+    assert line.count("–") == 3
     assert "γ⁰: no null: Adam has no closed form" in text
 
 
@@ -156,7 +158,7 @@ def test_an_update_towards_the_reference_counts_as_positive() -> None:
 @pytest.mark.parametrize("count", [1, 5])
 def test_a_short_run_shows_empty_parts_as_such(count: int) -> None:
     text = verdict(table_of(np.full(count, 0.5), 0.1, "exact"))
-    assert line_of(text, "late") == ["minibatch", "late", "0", *("–",) * 4]
+    assert line_of(text, "late") == ["minibatch", "late", "0", *("–",) * 5]
 
 
 def test_a_run_that_has_not_finished_says_so(tmp_path: Path) -> None:
