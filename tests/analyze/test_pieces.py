@@ -18,7 +18,8 @@ from analyze.tables import (
     write_table,
     writing_table,
 )
-from analyze.verdict import COLUMNS, verdict
+from analyze.verdict import COLUMNS
+from analyze.verdict_text import verdict
 from capture.store import DamagedError
 from tests.analyze.recorded import random_run
 from tests.analyze.small_runs import flip
