@@ -104,7 +104,7 @@ class Verdict:
 
 
 def summarise(table: pa.Table) -> list[Verdict]:
-    """Compute the numbers of the verdict from a table of `analyze.tables.build`.
+    """Compute the numbers of the verdict from a table of `analyze.tables.measure_run`.
 
     Only rows of the whole model are read; the list is empty where there are none.
     """
@@ -121,7 +121,7 @@ def summarise(table: pa.Table) -> list[Verdict]:
 
 
 def verdict(table: pa.Table) -> str:
-    """Summarise a table of `analyze.tables.build`; several lines of plain text.
+    """Summarise a table of `analyze.tables.measure_run`; several lines of plain text.
 
     Only rows of the whole model are read.
     """
