@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from analyze.report import write_report
     from analyze.schedule import schedule_run, write_schedule
     from analyze.schedulers import Cluster
-    from analyze.tables import measure_run, read_table, write_table
+    from analyze.tables import (
+        measure_into,
+        measure_run,
+        read_table,
+        write_table,
+        writing_table,
+    )
     from capture.store import open_run
 
 __all__ = [
@@ -36,6 +42,7 @@ __all__ = [
     "export_inputs",
     "export_table",
     "measure_dataset",
+    "measure_into",
     "measure_pairs",
     "measure_path",
     "measure_run",
@@ -53,6 +60,7 @@ __all__ = [
     "write_report",
     "write_schedule",
     "write_table",
+    "writing_table",
 ]
 
 _HOMES = {
@@ -65,6 +73,7 @@ _HOMES = {
     "export_inputs": "export",
     "export_table": "export",
     "measure_dataset": "library",
+    "measure_into": "tables",
     "measure_pairs": "pairs_of_run",
     "measure_path": "path",
     "measure_run": "tables",
@@ -82,6 +91,7 @@ _HOMES = {
     "write_report": "report",
     "write_schedule": "schedule",
     "write_table": "tables",
+    "writing_table": "tables",
 }
 
 
