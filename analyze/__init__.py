@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from analyze.report import write_report
     from analyze.schedule import schedule_run, write_schedule
     from analyze.schedulers import Cluster
-    from analyze.tables import measure_run, read_table, write_table
+    from analyze.tables import (
+        measure_into,
+        measure_run,
+        read_table,
+        write_table,
+        writing_table,
+    )
     from capture.store import open_run
 
 __all__ = [
@@ -37,6 +43,7 @@ __all__ = [
     "export_inputs",
     "export_table",
     "measure_dataset",
+    "measure_into",
     "measure_pairs",
     "measure_path",
     "measure_run",
@@ -56,6 +63,7 @@ __all__ = [
     "write_report",
     "write_schedule",
     "write_table",
+    "writing_table",
 ]
 
 _HOMES = {
@@ -68,6 +76,7 @@ _HOMES = {
     "export_inputs": "export",
     "export_table": "export",
     "measure_dataset": "library",
+    "measure_into": "tables",
     "measure_pairs": "pairs_of_run",
     "measure_path": "path",
     "measure_run": "tables",
@@ -87,6 +96,7 @@ _HOMES = {
     "write_report": "report",
     "write_schedule": "schedule",
     "write_table": "tables",
+    "writing_table": "tables",
 }
 
 

@@ -24,10 +24,12 @@ def select_rows(table: pa.Table, **wanted: str) -> pa.Table:
 
 def whole_model(table: pa.Table, sizes: Mapping[str, int]) -> pa.Table:
     """Keep the rows of whole models; `sizes` is D by run. A layer may be called `model` too."""
-    whole = pc.index_in(table["run"], value_set=words(list(sizes)))
-    size = numbers(np.array([*sizes.values()], np.int64)).take(whole)
-    named = _equal(table, "group", "model")
-    return table.filter(pc.and_(named, pc.equal(table["num_parameters"], size)))
+    return table.filter(_is_whole(table, sizes))
+
+
+def parts_of_models(table: pa.Table, sizes: Mapping[str, int]) -> pa.Table:
+    """Keep the rows of all but whole models; `sizes` is D of each run that there is."""
+    return table.filter(pc.invert(_is_whole(table, sizes)))
 
 
 def sizes_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, int]:
@@ -37,3 +39,10 @@ def sizes_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 def _equal(table: pa.Table, name: str, value: str) -> pa.ChunkedArray:
     return pc.equal(table[name], words([value])[0])
+
+
+def _is_whole(table: pa.Table, sizes: Mapping[str, int]) -> pa.ChunkedArray:
+    """Which rows are of whole models."""
+    whole = pc.index_in(table["run"], value_set=words(list(sizes)))
+    size = numbers(np.array([*sizes.values()], np.int64)).take(whole)
+    return pc.and_(_equal(table, "group", "model"), pc.equal(table["num_parameters"], size))

@@ -37,7 +37,8 @@ def _task(run: Provenance) -> str:
         samples = f" ({' and '.join(counts)} samples)" if counts else ""
         parts.append(f"task {code(config['task'])}{samples}")
     if config.get("model") is not None:
-        width = config.get("width")
+        # Of a loop of one's own, a "width" may be anything.
+        width = config.get("width") if run.is_of_train else None
         scale = "" if width in (None, 1) else f", width ×{told(width)}"
         parts.append(f"model {code(config['model'])}{scale}")
     parts.append(f"{math('D =')} {run.num_parameters:,} trainable parameters")
@@ -112,8 +113,8 @@ def _seeds(run: Provenance) -> str:
     own = {key: run.entry("config").get(key) for key in _SEEDS}
     if not seeds and not run.is_of_train and any(value is not None for value in own.values()):
         # Settings of a loop of one's own: what they seed is not known.
-        told = [f"{code(key)} {number(value)}" for key, value in own.items() if value is not None]
-        return f"Settings of seeds: {', '.join(told)}."
+        given = [f"{code(key)} {told(value)}" for key, value in own.items() if value is not None]
+        return f"Settings of seeds: {', '.join(given)}."
     names = [*(name for name in _SEEDS if name in seeds), *sorted(seeds.keys() - _SEEDS.keys())]
     listed = ", ".join(f"{_SEEDS.get(name, code(name))} {told(seeds[name])}" for name in names)
     return f"Seeds: {listed}." if listed else f"The seeds {run.missing(2)}."
@@ -155,7 +156,7 @@ def _clip_norm(run: Provenance) -> str:
     bounds, kinds = own.get("max_norm"), own.get("norm_type")
     if not isinstance(bounds, list) or not all(isinstance(each, float) for each in bounds):
         return ""
-    others = [number(kind) or "" for kind in kinds if kind != 2] if isinstance(kinds, list) else []
+    others = [told(kind) or "" for kind in kinds if kind != 2] if isinstance(kinds, list) else []
     order = f" ({math('p =')} {_joined(others)})" if others else ""
     return f" to norm {span(np.array(bounds))}{order}" if bounds else ""
 

@@ -93,7 +93,7 @@ class Verdict:
 
 
 def summarise(table: pa.Table) -> list[Verdict]:
-    """Compute the numbers of the verdict from a table of `analyze.tables.build`.
+    """Compute the numbers of the verdict from a table of `analyze.tables.measure_run`.
 
     Only rows of the whole model are read; the list is empty where there are none.
     """

@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from analyze.columns import values_of
 from analyze.derived import SOURCES
 from analyze.groups import GROUPINGS
 from analyze.quantities import Values
-from analyze.rows import select_rows, sizes_of, whole_model
+from analyze.rows import parts_of_models, select_rows, sizes_of
 from analyze.spread import band_of
 from analyze.tables import read_metadata
 from analyze.verdict import PARTS, numbers_of, part_of
@@ -75,7 +74,7 @@ def summarise_groups(table: pa.Table, most: int | None = MOST_GROUPS) -> list[Gr
     metadata = read_metadata(table)
     entries = {entry["run"]: entry for entry in metadata["runs"]}
     sizes = sizes_of(metadata["runs"])
-    rows = _without(table, sizes)
+    rows = parts_of_models(table, sizes)
     grouping = grouping_of(metadata.get("by", ""))
     branched = metadata.get("branched", {})
     found = []
@@ -96,26 +95,24 @@ def read_groups(path: str | PathLike[str]) -> list[GroupVerdict]:
 
     Stream by stream and only the columns that it takes: the whole table may be large.
     """
-    streams = pq.read_table(path, columns=["stream"])["stream"].unique().to_pylist()
-    found = []
-    for stream in streams:
-        rows = pq.read_table(path, columns=[*_COLUMNS], filters=[("stream", "==", stream)])
-        found += summarise_groups(rows)
+    with pq.ParquetFile(path) as file:
+        streams = file.read(columns=["stream"])["stream"].unique().to_pylist()
+        found = [group for name in streams for group in summarise_groups(_stream(file, name))]
     order = list(dict.fromkeys((each.run, each.reference) for each in found))
     return sorted(found, key=lambda each: order.index((each.run, each.reference)))
+
+
+def _stream(file: pq.ParquetFile, name: str) -> pa.Table:
+    """The rows of one stream, with the columns that are read here."""
+    batches = file.iter_batches(columns=list(_COLUMNS))
+    pieces = [select_rows(pa.Table.from_batches([batch]), stream=name) for batch in batches]
+    return pa.concat_tables(pieces).replace_schema_metadata(file.schema_arrow.metadata)
 
 
 def grouping_of(by: str) -> str:
     """What the groups of a table are, from what its metadata say: `layer`, or `group` if mixed."""
     kinds = [kind for kind in dict.fromkeys(by.split("+")) if kind != "model"]
     return kinds[0] if len(kinds) == 1 and kinds[0] in GROUPINGS else "group"
-
-
-def _without(table: pa.Table, sizes: Mapping[str, int]) -> pa.Table:
-    """The rows that are of no whole model."""
-    numbered = table.append_column("#", pa.array(np.arange(table.num_rows)))
-    whole = whole_model(numbered, sizes)["#"]
-    return table.filter(pc.invert(pc.is_in(numbered["#"], value_set=whole)))
 
 
 def _rows(

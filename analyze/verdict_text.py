@@ -42,7 +42,7 @@ GROUP_NOTE = (
 
 
 def verdict(table: pa.Table) -> str:
-    """Summarise a table of `analyze.tables.build`; several lines of plain text.
+    """Summarise a table of `analyze.tables.measure_run`; several lines of plain text.
 
     First the whole model, as far as its rows are there, then the groups of tensors.
     """

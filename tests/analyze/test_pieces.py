@@ -1,6 +1,8 @@
 """A table in pieces: as the whole one, whatever a piece is, and never there whole."""
 
 import os
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from analyze.tables import (
     write_table,
     writing_table,
 )
-from analyze.verdict import COLUMNS, verdict
+from analyze.verdict import COLUMNS
+from analyze.verdict_text import verdict
 from capture.store import DamagedError
-from tests.analyze.recorded import random_run
+from tests.analyze.recorded import random_run, write_run
 from tests.analyze.small_runs import flip
 
 REFERENCES = ["final", "step:2"]
@@ -132,6 +135,35 @@ def test_a_run_that_cannot_be_measured_leaves_no_file(
     with pytest.raises(DamagedError):
         measure(tmp_path / "table.parquet", [runs[0], str(bad)], cache=False)
     assert os.listdir(tmp_path) == ["bad.zarr"]
+
+
+def test_the_table_is_never_there_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what numpy and Python hold; the moments were summed before."""
+    monkeypatch.setattr(run_table, "_ROWS", 64)
+    monkeypatch.setattr(parquet, "_GROUP_ROWS", 64)
+    draw = np.random.default_rng(0).standard_normal
+    streams = {"weights": draw((80, 25)).astype("f4"), "fixed": draw((80, 2, 25)).astype("f4")}
+    run = str(write_run(tmp_path / "run.zarr", streams))
+    references = [f"step:{step}" for step in range(20)]
+    whole = measure_run(run, references, by=["tensor"])["tensor"]
+    assert whole.num_rows == 80 * 2 * 4 * 20
+
+    def in_pieces() -> None:
+        with writing_table(tmp_path / "table") as file:
+            measure_into(file, run, references, by="tensor", keep=COLUMNS)
+
+    def held(call: Callable[[], object]) -> int:
+        tracemalloc.start()
+        try:
+            call()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    # The texts are with Arrow, and not counted.
+    assert held(lambda: measure_run(run, references, by=["tensor"])) > 0.9 * whole.nbytes
+    # Beside the moments, an eighth of it, and what is kept of the whole model, a twentieth.
+    assert held(in_pieces) < whole.nbytes / 2
 
 
 # Columns from numbers and back ----------------------------------------------------------------
