@@ -303,7 +303,14 @@ def test_facts_inside_a_configuration_may_be_anything(tmp_path: Path) -> None:
         "width": {},
         "momentum": [],
     }
-    text = told(bare_run(tmp_path / "run.zarr", config=config, optimizer={"name": "X"}))
+    text = told(
+        bare_run(
+            tmp_path / "run.zarr",
+            config=config,
+            data={"samples_crc32c": 1},
+            optimizer={"name": "X"},
+        )
+    )
     assert "Task `5`, model `['m']`, width ×`{}`" in text
     assert "batch size `big`" in text
     assert "Optimizer: `X`, learning rate `fast`" in text
