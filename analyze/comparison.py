@@ -208,7 +208,7 @@ def write_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> No
         pyarrow.csv.write_csv(comparison.table(), buffer)
     else:
         pq.write_table(comparison.table(), buffer, compression="zstd")
-    write_durably(Path(path), buffer.getbuffer(), Path(path).parent)
+    write_durably(Path(path), buffer.getvalue(), Path(path).parent)
 
 
 def _known(value: Any) -> Any:

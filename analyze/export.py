@@ -113,7 +113,7 @@ def _write_csv(table: pa.Table, target: Path) -> None:
     buffer.write(f"{','.join(table.column_names)}\n".encode())
     options = csv.WriteOptions(include_header=False, quoting_style="needed")
     csv.write_csv(pa.table(columns, names=table.column_names), buffer, options)
-    write_durably(target, buffer.getbuffer(), target.parent)
+    write_durably(target, buffer.getvalue(), target.parent)
 
 
 def _write_netcdf(table: pa.Table, target: Path) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,6 @@ from analyze.resampling import (
     effective_size,
     step_means,
 )
-from analyze.student import normal_quantile, student_quantile
 from capture.store.errors import UsageError
 
 Values = NDArray[np.float64]
@@ -105,7 +105,7 @@ def run_interval(values: Values, level: float = 0.95) -> Interval:
     error = float((known / scale).std(ddof=1)) / math.sqrt(len(known))
     if error <= _ROUNDING:
         return _none(known, "none: no spread between the runs")
-    half = scale * error * student_quantile(check, len(known) - 1)
+    half = scale * error * _student(len(known) - 1, check)
     return _around(float(known.mean()), half, "t over runs", len(known))
 
 
@@ -128,7 +128,7 @@ def welch_interval(first: Values, second: Values, level: float = 0.95) -> Interv
             value, math.nan, math.nan, "none: no spread between the runs of a group", count
         )
     weights = [part**2 / (len(group) - 1) for part, group in zip(parts, (one, two), strict=True)]
-    half = scale * math.sqrt(sum(parts)) * student_quantile(check, sum(parts) ** 2 / sum(weights))
+    half = scale * math.sqrt(sum(parts)) * _student(sum(parts) ** 2 / sum(weights), check)
     return _around(value, half, "Welch's t over runs", count)
 
 
@@ -146,7 +146,7 @@ def paired_interval(first: Values, second: Values, level: float = 0.95) -> Inter
 
 def wilson_interval(share: float, count: float, level: float = 0.95) -> Interval:
     """Wilson's interval for a share found in `count` independent draws, not necessarily whole."""
-    z = normal_quantile(check_level(level))
+    z = _normal(check_level(level))
     shrink = 1 + z**2 / count
     middle = (share + z**2 / (2 * count)) / shrink
     half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / shrink
@@ -239,7 +239,7 @@ def _reach(
     freedom = (len(rows) / block - 1, max(1, rows.shape[1] - 1))
     degrees = (steps + batches) ** 2 / (steps**2 / freedom[0] + batches**2 / freedom[1])
     wider = math.sqrt(max(1.0, (steps + batches) / float(drawn.var())))
-    wider *= student_quantile(level, degrees) / normal_quantile(level)
+    wider *= _student(degrees, level) / _normal(level)
     return wider * (mean - float(low)), wider * (float(high) - mean)
 
 
@@ -279,3 +279,14 @@ def _none(known: Values, method: str) -> Interval:
 
 def _around(value: float, half: float, method: str, count: int) -> Interval:
     return Interval(value, value - half, value + half, method, count)
+
+
+def _student(degrees: float, level: float) -> float:
+    """Quantile of Student's t that leaves half of 1 - `level` above it."""
+    from scipy.special import stdtrit  # type: ignore[import-untyped]
+
+    return float(stdtrit(degrees, (1 + level) / 2))
+
+
+def _normal(level: float) -> float:
+    return NormalDist().inv_cdf((1 + level) / 2)
