@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from analyze.compare import compare_runs
     from analyze.comparison import write_comparison
     from analyze.compute import compute_moments
+    from analyze.coverage import measure_coverage
     from analyze.dataset import to_dataset, to_table, to_tree
     from analyze.export import export_inputs, export_table
     from analyze.gram import compute_gram
@@ -42,6 +43,7 @@ __all__ = [
     "describe_methods",
     "export_inputs",
     "export_table",
+    "measure_coverage",
     "measure_dataset",
     "measure_into",
     "measure_pairs",
@@ -75,6 +77,7 @@ _HOMES = {
     "describe_methods": "methods",
     "export_inputs": "export",
     "export_table": "export",
+    "measure_coverage": "coverage",
     "measure_dataset": "library",
     "measure_into": "tables",
     "measure_pairs": "pairs_of_run",

@@ -6,7 +6,7 @@ import logging
 
 import click
 
-from analyze.commands.measure import compute, pairs, pca, schedule
+from analyze.commands.measure import compute, coverage, pairs, pca, schedule
 from analyze.commands.stopping import Stopping
 from analyze.commands.tell import compare, export, methods, report
 from capture import __version__
@@ -28,5 +28,5 @@ def main(context: click.Context) -> None:
 
 
 # In the order in which help lists them.
-for each in (compute, report, compare, pairs, pca, schedule, export, methods):
+for each in (compute, report, compare, pairs, pca, coverage, schedule, export, methods):
     main.add_command(each)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 
 from analyze import schedulers
 from analyze.blocks import most_open, pieces
+from analyze.projection import LOG_FACTOR, PROCESS_BYTES, Projection
 from analyze.schedulers import Cluster
 from analyze.session import Plan, Session, drop, keep, session_of
 from capture.store import InputError, Shard, Stream, fetch_ahead
@@ -71,18 +73,8 @@ def measure_coverage(
     `analyze.compute.compute_moments`.
     """
     threads = schedulers.check(scheduler, workers)
-    plan = Plan(
-        uuid.uuid4().hex,
-        absolute_address(run),
-        (),
-        (),
-        (),
-        schedulers.tasks_at_once(scheduler, threads),
-    )
-    session = Session(plan)
-    names = _choose(session, streams)
-    plan = replace(plan, streams=names, seen=session.seen(names))
-    keep(plan, session)
+    plan, session = _open(run, streams, schedulers.tasks_at_once(scheduler, threads))
+    names = plan.streams
     blocks = [
         (name, chunks) for name in names for chunks in _cut(session.run.stream(name), threads)
     ]
@@ -106,6 +98,64 @@ def measure_coverage(
     ]
 
 
+def project_coverage(
+    run: str | os.PathLike[str],
+    streams: Sequence[str] = (),
+    *,
+    scheduler: str | Cluster = "threads",
+    workers: int | None = None,
+) -> Projection:
+    """Say what `measure_coverage` with the same arguments will cost; errors are the same.
+
+    Reads the logs and, for the rate, some inner chunks of two rows.
+    """
+    threads = schedulers.check(scheduler, workers)
+    plan, session = _open(run, streams, threads)
+    opened = [session.run.stream(name) for name in plan.streams]
+    logs = sum(stream.commits.nbytes for stream in opened)
+    coordinates = session.weights.grid.chunk_bytes // session.weights.dtype.itemsize
+    try:
+        start = time.perf_counter()
+        first, chunks = opened[0], next(_cut(opened[0], threads))
+        _look_at(session, first, _rows(first)[:2], range(1), chunks, _counters(session, chunks))
+        taken = time.perf_counter() - start
+    finally:
+        drop(plan)
+    shards = min(2, len(_rows(first))) + (first.name in ITERATES)
+    sample = shards * len(chunks) * first.grid.chunk_bytes
+    total = sum(_bytes_of(stream, most_open(threads)) for stream in opened)
+    return Projection(
+        rows=sum(map(len, opened)),
+        shards=sum(len(stream.commits) for stream in opened),
+        threads=threads,
+        bytes_to_read=total,
+        memory=PROCESS_BYTES + LOG_FACTOR * logs + threads * (_MOST_CHUNKS + 2) * coordinates,
+        spilled=0,
+        sample=sample,
+        rate=sample / taken,
+        seconds=total * taken / sample / threads,
+    )
+
+
+def _open(run: str | os.PathLike[str], streams: Sequence[str], tasks: int) -> tuple[Plan, Session]:
+    """Open a run for `tasks` at a time in one process; `plan.streams` are those to count in."""
+    plan = Plan(uuid.uuid4().hex, absolute_address(run), (), (), (), tasks)
+    session = Session(plan)
+    names = _choose(session, streams)
+    plan = replace(plan, streams=names, seen=session.seen(names))
+    keep(plan, session)
+    return plan, session
+
+
+def _bytes_of(stream: Stream, allowed: int) -> int:
+    """Bytes that counting in one stream reads; the first of iterates once per piece of the rows."""
+    total = int(stream.commits.sizes.sum())
+    if stream.name not in ITERATES:
+        return total
+    again = len(list(pieces(_rows(stream), 1, allowed))) - 1
+    return total + again * int(stream.commits.sizes[0])
+
+
 def _choose(session: Session, wanted: Sequence[str]) -> tuple[str, ...]:
     run = session.run
     names = tuple(dict.fromkeys(wanted or [*run.stream_names[1:], WEIGHTS]))
@@ -121,9 +171,12 @@ def _choose(session: Session, wanted: Sequence[str]) -> tuple[str, ...]:
 
 
 def _vectors(stream: Stream) -> int:
-    if stream.name in ITERATES:
-        return max(0, len(stream) - 1)
-    return len(stream) * (stream.batches or 1)
+    return len(_rows(stream)) * (stream.batches or 1)
+
+
+def _rows(stream: Stream) -> range:
+    """The rows to count in; the first of iterates is what the others are compared with."""
+    return range(1 if stream.name in ITERATES else 0, len(stream))
 
 
 def _cut(stream: Stream, workers: int) -> Iterator[range]:
@@ -138,9 +191,8 @@ def _count(plan: Plan, name: str, chunks: range) -> list[Integers]:
     """Count in some chunks of all rows; runs on a worker. Per chunk never and zeros, ``[2, S]``."""
     session = session_of(plan)
     stream = session.run.stream(name)
-    rows = range(1, len(stream)) if name in ITERATES else range(len(stream))
-    counting = [_Counting(session, chunk) for chunk in chunks]
-    for ranges in pieces(rows, stream.batches or 1, most_open(plan.threads)):
+    counting = _counters(session, chunks)
+    for ranges in pieces(_rows(stream), stream.batches or 1, most_open(plan.threads)):
         for some, batches in ranges:
             _look_at(session, stream, some, batches, chunks, counting)
     return [each.counts() for each in counting]
@@ -174,6 +226,10 @@ def _verified(shard: Shard, chunk: int) -> NDArray[Any]:
     values = shard.chunk(chunk)
     shard.verify_chunk(chunk)
     return values
+
+
+def _counters(session: Session, chunks: range) -> list[_Counting]:
+    return [_Counting(session, chunk) for chunk in chunks]
 
 
 class _Counting:

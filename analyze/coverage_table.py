@@ -23,6 +23,8 @@ from capture.store.layout import ITERATES
 from capture.store.reader import Run, open_run
 
 COVERAGE_TABLE_VERSION = 1
+# What the metadata of the table call its kind.
+COVERAGE = "coverage"
 
 _COLUMNS: tuple[tuple[str, Any, str, str], ...] = (
     ("run", pa.string(), "", "the run, as typed"),
@@ -35,7 +37,8 @@ _COLUMNS: tuple[tuple[str, Any, str, str], ...] = (
     ("zero_share", pa.float64(), "1", "mean over vectors of the share of coordinates that are 0"),
 )
 _MOST_ROWS = 60
-_EXPLANATION = (
+COVERAGE_HEAD = ("stream", "vectors", "group", "never", "of", "share", "zeros")
+COVERAGE_MEANING = (
     "never: coordinates that are 0 in every saved vector; zeros: mean share of those that are 0 in "
     "one. Of weights, what is counted is w_t - w_first: coordinates that never moved."
 )
@@ -89,27 +92,34 @@ def build_coverage(run: Run, counts: Sequence[Coverage], by: Grouping, *, name: 
         }
         tables.append(pa.table(columns, schema=coverage_schema()))
     return with_facts(
-        tables, run, name, {"table": COVERAGE_TABLE_VERSION, "kind": "coverage", "by": name_of(by)}
+        tables, run, name, {"table": COVERAGE_TABLE_VERSION, "kind": COVERAGE, "by": name_of(by)}
     )
 
 
 def coverage_summary(table: pa.Table) -> str:
     """Summarise a table of `build_coverage`; several lines of plain text."""
     (entry,) = read_metadata(table)["runs"]
-    lines = [f"{entry['run']}   D = {entry['num_parameters']:,}"]
-    cells: list[tuple[str, ...]] = [("stream", "vectors", "group", "never", "of", "share", "zeros")]
-    rows, before = table.to_pylist(), None
-    for row in rows[:_MOST_ROWS]:
+    cells = coverage_cells(table)
+    lines = [
+        f"{entry['run']}   D = {entry['num_parameters']:,}",
+        *aligned([COVERAGE_HEAD, *cells[:_MOST_ROWS]]),
+    ]
+    if len(cells) > _MOST_ROWS:
+        lines.append(f"and {len(cells) - _MOST_ROWS} rows more, in the table")
+    return "\n".join([*lines, *wrapped(COVERAGE_MEANING)])
+
+
+def coverage_cells(table: pa.Table) -> list[tuple[str, ...]]:
+    """Write the rows of one run under `COVERAGE_HEAD`; a stream is named in its first row."""
+    cells, before = [], None
+    for row in table.to_pylist():
         stream = row["stream"] + (" - first" if row["stream"] in ITERATES else "")
         head = ("", "") if stream == before else (stream, f"{row['vectors']:,}")
         counts = (f"{row['never']:,}", f"{row['num_parameters']:,}")
         shares = (_percent(row["never_share"]), _percent(row["zero_share"]))
         cells.append((*head, row["group"], *counts, *shares))
         before = stream
-    lines += aligned(cells)
-    if len(rows) > _MOST_ROWS:
-        lines.append(f"and {len(rows) - _MOST_ROWS} rows more, in the table")
-    return "\n".join([*lines, *wrapped(_EXPLANATION)])
+    return cells
 
 
 def _percent(share: float) -> str:

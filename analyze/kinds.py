@@ -16,6 +16,7 @@ WRITERS: Mapping[str, str] = {
     "pairs": "`analyze pairs`",
     "noise": "`analyze pairs --noise`",
     "pca": "`analyze pca`",
+    "coverage": "`analyze coverage`",
     "compare": "`analyze compare`",
 }
 # A column that no other kind has.
@@ -24,6 +25,7 @@ _OWN: Mapping[str, str] = {
     "step_to": "pairs",
     "noise_scale": "noise",
     "component": "pca",
+    "never_share": "coverage",
     "quantity": "compare",
 }
 

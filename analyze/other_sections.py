@@ -1,4 +1,4 @@
-"""The parts of a report that are made of tables of `pairs`, `pca` and `compare`."""
+"""The parts of a report that are made of tables of `pairs`, `pca`, `coverage` and `compare`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from analyze.comparison import read_comparison
 from analyze.comparison_figures import comparison_pictures, comparison_tables
+from analyze.coverage_table import COVERAGE_HEAD, COVERAGE_MEANING, coverage_cells
 from analyze.curves import distinct, run_labels
 from analyze.drawing import Picture
 from analyze.other_tables import Other
@@ -139,6 +140,20 @@ def _path(other: Other, used: set[str]) -> Iterator[Section]:
         )
 
 
+def _coverage(other: Other, used: set[str]) -> Iterator[Section]:
+    for run, label in run_labels(_runs(other)).items():
+        cells = coverage_cells(select_rows(other.table, run=run))
+        yield Section(
+            slug=slug_of(f"{label}-coverage", used),
+            heading=f"{label}: coordinates that never received a gradient",
+            figures=[],
+            facts=[("Run", run)],
+            warnings=[],
+            notes=[_capital(COVERAGE_MEANING)],
+            tables=[PageTable("Counts", COVERAGE_HEAD, cells)],
+        )
+
+
 def _explained(table: pa.Table) -> PageTable:
     """How much each component explains, beside its nulls."""
     rows = []
@@ -192,4 +207,5 @@ _MAKERS: Mapping[str, Callable[[Other, set[str]], Iterator[Section]]] = {
     "pairs": _pairs,
     "noise": _noise,
     "pca": _path,
+    "coverage": _coverage,
 }

@@ -1,4 +1,4 @@
-"""Tables of the other commands among the inputs: of `pairs`, `pca` and `compare`, read and checked.
+"""Tables of commands other than `compute` among the inputs, read and checked.
 
 A table of `analyze compute`, or a run, is read by `analyze.inputs`.
 """
@@ -93,10 +93,16 @@ def _read(text: str, kind: str) -> Other:
 
 
 def _schemas() -> Mapping[str, Callable[[], pa.Schema]]:
+    from analyze.coverage_table import coverage_schema
     from analyze.pair_table import noise_schema, pair_schema
     from analyze.path_table import path_schema
 
-    return {"pairs": pair_schema, "noise": noise_schema, "pca": path_schema}
+    return {
+        "pairs": pair_schema,
+        "noise": noise_schema,
+        "pca": path_schema,
+        "coverage": coverage_schema,
+    }
 
 
 def _flaw(table: pa.Table, expected: pa.Schema | None, facts: Mapping[str, Any]) -> str | None:

@@ -39,7 +39,8 @@ def write_report(
 ) -> list[Path]:
     """Write the report of runs and Parquet tables to `out`; return the files written, it first.
 
-    Tables are those of `compute`, `pairs` (its noise too), `pca` and `compare`, in any mixture.
+    Tables are those of `compute`, `pairs` (its noise too), `pca`, `coverage` and `compare`, mixed
+    as one likes.
 
     Each figure also goes to `figures_dir`, made if missing, in each of `formats` (png, svg, pdf),
     `width` inches wide. A run is measured against final; scheduler, workers and cache are those of

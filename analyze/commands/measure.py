@@ -1,4 +1,4 @@
-"""Commands that measure a run: `compute`, `pairs`, `pca`, `schedule`."""
+"""Commands that measure a run: `compute`, `pairs`, `pca`, `coverage`, `schedule`."""
 
 from __future__ import annotations
 
@@ -229,6 +229,48 @@ def pca(run: str, components: int, grouping: Grouping, out: str | None, running:
     text = path_summary(table)
     write_table(table, out)
     show(text)
+    click.echo(f"{counted(table.num_rows)} in {out}", err=True)
+
+
+@command(example="analyze coverage runs/first.zarr --by layer --out runs/first-coverage.parquet")
+@run_argument
+@click.option(
+    "--stream",
+    "streams",
+    metavar="NAME",
+    multiple=True,
+    help="Where to count, may be repeated: minibatch, updates, weights or any other stream of the "
+    "run. Default: all.",
+)
+@grouping_options
+@planned_output("Parquet file to write.")
+@scheduling_options
+def coverage(
+    run: str, streams: tuple[str, ...], grouping: Grouping, out: str | None, running: Running
+) -> None:
+    """Count the coordinates that never received a gradient.
+
+    In each stream, those that are 0 in every saved row: words that never occur, units that never
+    fire, tensors that nothing reads. Of the weights, those that never moved. Steps that were not
+    saved are not seen. Every byte that leads to a number is verified.
+    """
+    from analyze.coverage_table import coverage_summary, measure_coverage_table
+    from analyze.plans import told
+    from analyze.tables import write_table
+    from analyze.verdict import counted
+
+    if out is None:
+        from analyze.coverage import project_coverage
+
+        show(told(run, [project_coverage(run, streams, **running.scheduling)]))
+        return
+    parquet_target(out, [run])
+    with progress_of(run) as report:
+        table = measure_coverage_table(
+            run, streams, by=grouping, progress=report, **running.scheduling
+        )
+    write_table(table, out)
+    show(coverage_summary(table))
     click.echo(f"{counted(table.num_rows)} in {out}", err=True)
 
 

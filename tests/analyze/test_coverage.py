@@ -1,18 +1,23 @@
 """Coordinates that a run never touched, against whole arrays in numpy."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 import analyze.coverage
-from analyze.coverage import Coverage, measure_coverage
+from analyze.cli import main
+from analyze.coverage import Coverage, measure_coverage, project_coverage
 from analyze.coverage_table import coverage_summary, measure_coverage_table
+from analyze.kinds import kind_of
 from capture import Recorder
-from capture.store import DamagedError, InputError, UnknownNameError
+from capture.store import DamagedError, InputError, Stream, UnknownNameError, open_run
 from tests.analyze.small_runs import flip, random_streams, write_run
 
 SIZES = (300, 5, 0, 795)
@@ -126,6 +131,55 @@ def test_the_summary_says_what_was_counted(run: Path) -> None:
     assert f"{100 * share:.3g} %" in text
     assert "weights - first" in text
     assert f"D = {sum(SIZES):,}" in text
+
+
+def test_the_plan_counts_every_byte_of_the_shards_once(run: Path) -> None:
+    files = list((run / "gradients").glob("*/value/c/**/0")) + list(run.glob("*/value/c/*/0"))
+    plan = project_coverage(run)
+    assert plan.bytes_to_read == sum(path.stat().st_size for path in files if path.is_file())
+    assert plan.shards == 5 + 5 + 15 + 6
+    with pytest.raises(UnknownNameError, match="no stream 'heldout'"):
+        project_coverage(run, ["heldout"])
+
+
+def test_the_first_iterate_is_read_again_for_every_piece_of_the_rows(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two shards may be open: one row at a time, beside the first."""
+    opened = []
+    monkeypatch.setattr(analyze.coverage, "most_open", lambda threads: 2)
+    monkeypatch.setattr(Stream, "open", counting(Stream.open, opened))
+    measure_coverage(run, ["weights"], scheduler="synchronous", workers=1)
+    assert opened == [0, 1, 0, 2, 0, 3, 0, 4, 0, 5]
+    sizes = open_run(run).stream("weights").commits.sizes
+    read = project_coverage(run, ["weights"], workers=1).bytes_to_read
+    assert read == sizes.sum() + 4 * sizes[0]
+
+
+def counting(method: Any, opened: list[int]) -> Any:
+    def call(self: Stream, row: int, *batch: Any) -> Any:
+        opened.append(row)
+        return method(self, row, *batch)
+
+    return call
+
+
+def test_the_command_writes_shows_and_plans(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.parent)
+    call = CliRunner().invoke
+    planned = call(main, ["coverage", "run.zarr", "--plan"])
+    assert planned.output.startswith("run.zarr: reads ")
+    assert planned.exit_code == 0
+    arguments = ["coverage", "run.zarr", "--by", "tensor", "--out", "t.parquet"]
+    done = call(main, arguments)
+    assert done.exit_code == 0, done.output
+    table = pq.read_table("t.parquet")
+    assert kind_of(table.schema) == "coverage"
+    assert done.stdout.rstrip("\n") == coverage_summary(table)
+    assert call(main, ["report", "t.parquet", "--out", "t.html"]).exit_code == 0
+    assert "never received a gradient" in Path("t.html").read_text()
+    assert call(main, ["export", "t.parquet", "--out", "t.csv"]).exit_code == 0
+    assert len(Path("t.csv").read_text().splitlines()) == 1 + table.num_rows
 
 
 def test_words_that_never_occur_get_no_gradient(tmp_path: Path) -> None:
