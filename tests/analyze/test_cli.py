@@ -1,7 +1,6 @@
 """The command `analyze`: its output, its exit codes, and that nothing is left behind."""
 
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -79,17 +78,6 @@ def test_references_streams_and_groups_are_chosen(folder: Path) -> None:
     assert table["group"].unique().to_pylist() == ["body.0", "head", "scale"]
     # The verdict is of the whole model all the same.
     assert done.stdout.count("minibatch  early") == 4
-
-
-@pytest.mark.parametrize("command", ["compute", "report", "schedule"])
-def test_the_example_of_each_command_runs(folder: Path, command: str) -> None:
-    example = main.commands[command].example  # type: ignore[attr-defined]
-    words = shlex.split(example.replace("\\\n", " "))
-    assert words[:2] == ["analyze", command]
-    done = analyze(*words[1:])
-    assert done.exit_code == 0, done.stderr
-    assert (folder / words[-1]).stat().st_size > 0
-    assert analyze(command, "--help").stdout.rstrip().endswith(words[-1])
 
 
 def test_report_writes_figures_on_request(folder: Path) -> None:

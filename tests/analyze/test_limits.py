@@ -69,21 +69,14 @@ def test_what_a_process_may_open_is_shared_by_its_threads() -> None:
 
 
 COMPUTE = """
-import os, sys, threading
+import sys
 from analyze.compute import compute_moments
 from analyze.references import parse_reference
-most, done = 0, threading.Event()
-def watch():
-    global most
-    while not done.wait(0.0005):
-        most = max(most, len(os.listdir("/proc/self/fd")))
-threading.Thread(target=watch).start()
-try:
-    references = [parse_reference(text) for text in ("final", "mean:40")]
+from tests.analyze.watched import open_files, watching
+references = [parse_reference(text) for text in ("final", "mean:40")]
+with watching(open_files) as most:
     compute_moments(sys.argv[1], ["weights", "fixed"], references, workers=2)
-finally:
-    done.set()
-print(most)
+print(most())
 """
 
 

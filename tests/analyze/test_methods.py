@@ -18,7 +18,8 @@ from capture.store import InputError, Tensor, TensorTable, UsageError, open_run
 from capture.train import train
 from tests.analyze.recorded import OPTIMIZER, TABLE, random_run, write_run
 from tests.analyze.test_cli import analyze
-from tests.analyze.test_export import HOSTILE, analyze_command, compiles
+from tests.analyze.test_export import analyze_command
+from tests.analyze.test_verdict_tex import HOSTILE, compiles
 
 ADAM = {**OPTIMIZER, "name": "AdamW", "kind": "other", "weight_decay": "decoupled"}
 

@@ -1,6 +1,5 @@
 """`analyze pairs` and `analyze pca` as commands: output, exit codes, nothing left behind."""
 
-import shlex
 import shutil
 from pathlib import Path
 
@@ -30,17 +29,6 @@ def folder(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.chdir(tmp_path)
     shutil.copytree(recorded, tmp_path / "runs" / "first.zarr")
     return tmp_path
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_example_of_each_command_runs(folder: Path, command: str) -> None:
-    example = main.commands[command].example  # type: ignore[attr-defined]
-    words = shlex.split(example.replace("\\\n", " "))
-    assert words[:2] == ["analyze", command]
-    done = analyze(*words[1:])
-    assert done.exit_code == 0, done.stderr
-    assert (folder / words[-1]).stat().st_size > 0
-    assert analyze(command, "--help").stdout.rstrip().endswith(words[-1])
 
 
 def test_pairs_prints_a_summary_and_writes_both_tables(folder: Path) -> None:

@@ -149,27 +149,16 @@ def test_errors_are_those_of_the_measurement(run: Path) -> None:
 
 
 MEASURE = """
-import sys, threading
-from pathlib import Path
+import sys
 from analyze.plans import project_pairs
 from analyze.pairs_of_run import measure_pairs
-def anonymous():
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(text.partition("RssAnon:")[2].split()[0])
-peak, done = anonymous(), threading.Event()
-def watch():
-    global peak
-    while not done.wait(0.002):
-        peak = max(peak, anonymous())
+from tests.analyze.watched import anonymous_bytes, watching
 run, stream, by, *lags = sys.argv[1:]
 question = {"streams": [stream], "by": [by], "lags": list(map(int, lags)) or "all", "workers": 2}
-threading.Thread(target=watch).start()
-try:
+with watching(anonymous_bytes) as most:
     projected = max(one.memory for one in project_pairs(run, cache=False, **question))
     measure_pairs(run, cache=False, **question)
-finally:
-    done.set()
-print(projected, peak)
+print(projected, most())
 """
 
 

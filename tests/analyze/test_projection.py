@@ -124,28 +124,17 @@ def test_rows_shards_and_spill(run: Path) -> None:
 
 
 MEASURE = """
-import sys, threading, time
-from pathlib import Path
-from analyze.projection import project
+import sys
 from analyze.compute import compute_moments
+from analyze.projection import project
 from analyze.references import parse_reference
-def anonymous():
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(text.partition("RssAnon:")[2].split()[0])
-peak, done = anonymous(), threading.Event()
-def watch():
-    global peak
-    while not done.wait(0.002):
-        peak = max(peak, anonymous())
+from tests.analyze.watched import anonymous_bytes, watching
 run, *references = sys.argv[1:]
 references = [parse_reference(text) for text in references]
-threading.Thread(target=watch).start()
-try:
+with watching(anonymous_bytes) as most:
     projection = project(run, ["minibatch", "fixed"], references, workers=2)
     compute_moments(run, ["minibatch", "fixed"], references, workers=2)
-finally:
-    done.set()
-print(projection.memory, peak)
+print(projection.memory, most())
 """
 
 

@@ -75,22 +75,15 @@ def test_a_bit_of_the_padding_is_found_in_windows_too(
 
 
 GRAM = """
-import os, sys, threading
+import sys
 import numpy as np
 from analyze.gram import compute_gram
-most, done = 0, threading.Event()
-def watch():
-    global most
-    while not done.wait(0.0005):
-        most = max(most, len(os.listdir("/proc/self/fd")))
-threading.Thread(target=watch).start()
-try:
+from tests.analyze.watched import open_files, watching
+with watching(open_files) as most:
     for lags in (None, [10]):
         gram = compute_gram(sys.argv[1], "fixed", np.zeros(1, np.int64), lags=lags, workers=2)
         np.save(f"{sys.argv[2]}-{len(gram.pairs)}.npy", gram.sums["gd"])
-finally:
-    done.set()
-print(most)
+print(most())
 """
 
 
