@@ -104,4 +104,4 @@ def test_only_the_rows_of_the_pairs_are_loaded() -> None:
 
 
 def test_a_tile_is_whole_lanes() -> None:
-    assert chain._TILE % LANES == 0
+    assert chain.TILE % LANES == 0
