@@ -59,8 +59,8 @@ def write_report(
         measured = read_inputs(runs_and_tables, scheduler=scheduler, workers=workers, cache=cache)
     used: set[str] = set()
     names = [] if measured is None else measured.table.column("run").unique().to_pylist()
-    sections = other_sections(others, used)
-    sections += [] if measured is None else build_sections(measured, used)
+    sections = [] if measured is None else build_sections(measured, used)
+    sections += other_sections(others, used)
     names = distinct([*names, *names_in(others)])
     files = {page: render(names, measured, sections).encode()}
     if figures_dir is not None:
