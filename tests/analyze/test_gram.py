@@ -119,8 +119,8 @@ def test_a_cluster_gives_the_same_bytes(tmp_path: Path) -> None:
         (pair_blocks, "_MOST_STRETCHES", 1),
         (pair_blocks, "_MOST_STRETCHES", 2),
         (pair_blocks, "_PARTIAL_BYTES", 1),
-        (chain, "_TILE", 8),
-        (chain, "_TILE", 24),
+        (chain, "TILE", 8),
+        (chain, "TILE", 24),
         (row_bytes, "WINDOW_BYTES", 1),
     ],
 )

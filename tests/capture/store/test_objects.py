@@ -317,7 +317,7 @@ def test_a_store_that_refuses_for_good_ends_the_run_and_loses_nothing(bucket, sa
     sample.write_steps(writer, 0, 2)
     writer.flush()
     bucket.fail(lambda method, path: fault if "/minibatch/" in path and method == "PUT" else None)
-    with pytest.raises(WriteError, match=r"cannot write.*minibatch.*--resume") as caught:
+    with pytest.raises(WriteError, match=r"cannot write.*minibatch.*then try again") as caught:
         sample.write_steps(writer, 2, 4)
     assert "\n" not in str(caught.value)
     bucket.heal()
