@@ -25,7 +25,7 @@ from analyze.sums import (
     update_sums,
 )
 from capture.store.errors import UsageError
-from capture.store.layout import ITERATES, UPDATES
+from capture.store.layout import ITERATES, UPDATES, WEIGHTS
 from capture.store.reader import Run
 
 Integers = NDArray[np.int64]
@@ -87,7 +87,9 @@ class Measure:
             grouped = sum_groups(sums, groups, count)
             if stream in ("minibatch", "updates"):
                 grouped |= self._grouped_null(stream, reference, steps, groups, count)
-            grouped |= self._path_sums(reference, steps, groups, count)
+            # An average of the weights goes a way of its own.
+            if stream == WEIGHTS or stream not in ITERATES:
+                grouped |= self._path_sums(reference, steps, groups, count)
             if count == 1:
                 grouped |= self._gap_sums(stream, reference, steps)
             found = evaluate(grouped)

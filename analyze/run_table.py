@@ -22,6 +22,7 @@ from analyze.moment_table import MOMENTS, StreamMoments
 from analyze.quantities import QUANTITIES, SIGN, Values
 from analyze.references import parse_reference, parting
 from analyze.sums import sum_groups
+from capture.store.layout import ITERATES, WEIGHTS
 from capture.store.reader import Run
 
 Integers = NDArray[np.int64]
@@ -142,8 +143,13 @@ class RunTable:
         return np.broadcast_to(along, shape).ravel()
 
     def _losses(self, stream: StreamMoments, steps: Integers, part: slice) -> Values:
-        """Loss of each step and batch: its own batch's where that is kept, else the minibatch's."""
+        """Loss of each step and batch: its own batch's where that is kept, else the minibatch's.
+
+        NaN at averages of the weights, where no loss was taken.
+        """
         recorded = self._run.stream(stream.stream)
+        if stream.stream in ITERATES and stream.stream != WEIGHTS:
+            return np.full(len(steps), np.nan)
         if recorded.losses is None:
             return self._measure.scalar("loss", steps)
         rows = np.searchsorted(recorded.steps, stream.steps[part])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from capture.resume import Stateful
+from capture.sources import Source
 from capture.store.errors import MismatchError, UsageError
 
 
@@ -25,7 +27,8 @@ class Average:
             averages of those of `model`, in the same order.
         model: The model that is trained; tells which parameters are trained.
 
-    Row t of the stream is the average as it is before update t.
+    Row t of the stream is the average as it is before update t. Resume states hold `averaged` too,
+    so that a resumed loop goes on averaging from where it was.
 
     Raises:
         UsageError: One of the two is no module.
@@ -49,6 +52,7 @@ class Average:
                 where=type(averaged).__name__,
                 fix="give an average of this very model",
             )
+        self.averaged = averaged
         self._point = _Point([other for one, other in pairs if one.requires_grad])
 
     def measure(self, batch: int | None) -> _Point:
@@ -58,3 +62,19 @@ class Average:
     def describe(self) -> dict[str, Any]:
         """What a run remembers of it."""
         return {"kind": "average"}
+
+
+def with_averages(
+    state: Mapping[str, Stateful], sources: Mapping[str, Source]
+) -> dict[str, Stateful]:
+    """Return `state` with the averages that sources give, which a resumed loop goes on with.
+
+    Each is called ``sources[NAME]``; one that `state` has already stays under its own name.
+    """
+    averages = {
+        f"sources[{name}]": source.averaged
+        for name, source in sources.items()
+        if isinstance(source, Average)
+    }
+    known = {id(entry) for entry in state.values()}
+    return {**state, **{name: each for name, each in averages.items() if id(each) not in known}}

@@ -30,6 +30,7 @@ from capture.arguments import (
     require_whole,
     with_config,
 )
+from capture.average import with_averages
 from capture.clipping import GradientWatch
 from capture.describe import describe
 from capture.hooks import StepHooks
@@ -162,7 +163,8 @@ class Recorder:
             self._keep = parse_schedule(keep_state, **lengths)
             schedules[WEIGHTS] = schedules[WEIGHTS].union(self._keep)
         plan = RunPlan(self.path, self._seen, facts, schedules, total_steps, attributes, sources)
-        self._run = self._open(plan, state or {}, resume) if is_writing_rank else None
+        kept = with_averages(state or {}, sources)
+        self._run = self._open(plan, kept, resume) if is_writing_rank else None
         self._attach()
 
     # What a loop may tell and ask.
