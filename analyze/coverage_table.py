@@ -39,8 +39,10 @@ _COLUMNS: tuple[tuple[str, Any, str, str], ...] = (
 _MOST_ROWS = 60
 COVERAGE_HEAD = ("stream", "vectors", "group", "never", "of", "share", "zeros")
 COVERAGE_MEANING = (
-    "never: coordinates that are 0 in every saved vector; zeros: mean share of those that are 0 in "
-    "one. Of weights, what is counted is w_t - w_first: coordinates that never moved."
+    "never: coordinates that are 0 in every vector, a saved row or one of its batches; steps that "
+    "were not saved are not seen. zeros: mean share of the coordinates that are 0 in one vector. "
+    "Of weights, w_t - w_first is counted: coordinates that never moved; weight decay moves them "
+    "without a gradient."
 )
 
 

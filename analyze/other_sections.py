@@ -145,7 +145,7 @@ def _coverage(other: Other, used: set[str]) -> Iterator[Section]:
         cells = coverage_cells(select_rows(other.table, run=run))
         yield Section(
             slug=slug_of(f"{label}-coverage", used),
-            heading=f"{label}: coordinates that never received a gradient",
+            heading=f"{label}: coordinates without a gradient in any saved row",
             figures=[],
             facts=[("Run", run)],
             warnings=[],

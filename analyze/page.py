@@ -86,7 +86,7 @@ def summary(found: Verdict) -> Summary:
     for part in found.parts:
         stream, *row = cells(part)
         streams.setdefault(stream[0], []).append(row)
-    said = [] if found.streams else ["no gradients or updates: see norm_dist in the table"]
+    said = [] if found.streams else ["no gradients or updates"]
     return Summary(
         heading=heading(found),
         head=[(minus(title), band) for title, band in HEAD[1:]] if found.streams else (),

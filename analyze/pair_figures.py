@@ -45,8 +45,9 @@ _BY_LAG = (
         "gamma",
         "Cosine γ(t, s) between a gradient and the way to a later step",
         "γ(t, s)",
-        "γ(t, s) = cos(g_t, w_t − w_s), the step s being s − t updates later; dashed, what "
-        "orthogonal gradients of the same sizes would give, which falls with the slope −½.",
+        "γ(t, s) = cos(g_t, w_t − w_s), the step s being s − t updates later; dashed, where "
+        "there is a null, what orthogonal gradients of the same sizes would give. Dotted, the "
+        "slope −½ of a walk of orthogonal steps of one length.",
         (("gamma", "γ(t, s)", "-"), ("gamma_null", "γ⁰", "--")),
         slope=-0.5,
     ),
@@ -87,14 +88,14 @@ _BY_LAG = (
         "angle",
         "Angle between weights",
         "degrees",
-        "The angle between the weights of two steps, seen from the origin.",
+        "The angle between the vectors w_t and w_s.",
         (("angle_weights_deg", "angle", "-"),),
     ),
     _Kind(
         "smoothness",
         "Local smoothness",
         "‖g_t − g_s‖ / ‖w_t − w_s‖",
-        "Of the same samples at both steps, treated in the same way.",
+        "Gradients at both steps are of the same batch, with the same augmentation and dropout.",
         (("smoothness", "smoothness", "-"),),
     ),
 )

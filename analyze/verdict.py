@@ -64,14 +64,26 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Way:
+    """How far a stream of iterates is from w* at its first saved step, and at its last."""
+
+    stream: str
+    first: int
+    first_dist: float
+    last: int
+    last_dist: float
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The numbers of one run and reference.
 
     `entry` has the facts of the run and `final` is T, or the last step so far. `left_out` is the
     end effect: its first and last step, and how many rows it has. `there` counts the rows at w*
     itself, where e = 0 has no direction, and `undefined` the others without a cosine; `nonfinite`
-    counts NaN and infinite coordinates; `null` says what γ⁰ rests on, and `start` at which step a
-    branch that ends in w* left the run, 0 where none did.
+    counts NaN and infinite coordinates; `null` says what γ⁰ rests on, `ways` has the streams of
+    iterates, such as the weights, and `start` is the step at which a branch that ends in w* left
+    the run, 0 where none did.
     """
 
     entry: Mapping[str, Any]
@@ -84,6 +96,7 @@ class Verdict:
     there: int
     undefined: int
     nonfinite: int
+    ways: tuple[Way, ...] = ()
     start: int = 0
 
     @property
@@ -169,7 +182,19 @@ def _numbers(
         there=sum(there for there, _ in missing),
         undefined=sum(others for _, others in missing),
         nonfinite=int(pc.sum(rows["nonfinite"]).as_py()),
+        ways=tuple(_ways(rows)),
     )
+
+
+def _ways(rows: pa.Table) -> Iterator[Way]:
+    for name in rows["stream"].unique().to_pylist():
+        if name in ITERATES:
+            own = select_rows(rows, stream=name)
+            steps, dist = values_of(own["step"]), values_of(own["norm_dist"])
+            first, last = int(steps.argmin()), int(steps.argmax())
+            yield Way(
+                name, int(steps[first]), float(dist[first]), int(steps[last]), float(dist[last])
+            )
 
 
 def _parts(rows: pa.Table, stream: str, reference: str, final: int, start: int) -> Iterator[Part]:

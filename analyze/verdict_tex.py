@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from math import isfinite, isnan
 
 import pyarrow as pa
 
@@ -84,9 +85,18 @@ def _body(found: Verdict) -> Iterator[str]:
 
 
 def _cells(part: Part) -> tuple[str, ...]:
-    bands = [_band(part.cosine), _value(part.null), _band(part.ratio), _band(part.rate_ratio)]
-    negative = rf"{_value(100 * part.negative)}\,\%" if part.n else "--"
-    return (part.name, str(part.n), *bands, negative)
+    mean, share, effective = part.mean.interval, part.below.interval, part.mean.effective
+    count = str(part.n) if isnan(effective) else f"{part.n} ({effective:.0f})"
+    bands = [_value(part.null), _band(part.ratio), _band(part.rate_ratio)]
+    below = _bounds(100 * share.low, 100 * share.high)
+    negative = rf"{_value(100 * part.negative)}\,\%{below}" if part.n else "--"
+    return (
+        part.name,
+        count,
+        f"{_value(mean.value)}{_bounds(mean.low, mean.high)}",
+        *bands,
+        negative,
+    )
 
 
 def _row(cells: tuple[str, ...]) -> str:
@@ -104,6 +114,12 @@ def _band(band: Band) -> str:
     return middle if middle == "--" else f"{middle} {spread}"
 
 
+def _bounds(low: float, high: float) -> str:
+    """A confidence interval in brackets; empty where there is none."""
+    known = isfinite(low) and isfinite(high)
+    return rf" {{\scriptsize$[{decimal(low)}, {decimal(high)}]$}}" if known else ""
+
+
 def _caption(found: Verdict) -> Iterator[str]:
     run, D = code(str(found.entry["run"])), f"{found.entry['num_parameters']:,}"
     unfinished = "" if found.entry["final_step"] is not None else " so far, the run is not finished"
@@ -113,8 +129,10 @@ def _caption(found: Verdict) -> Iterator[str]:
         f"$D = {D.replace(',', '{,}')}$ parameters."
     )
     yield (
-        r"Medians over $n$ rows, in brackets their 10\,\% and 90\,\% quantiles (no confidence "
-        r"interval). Early, middle and late are thirds of the updates before the end."
+        r"$\gamma$ and $\gamma < 0$: means over $n$ rows, which are worth as many independent ones "
+        r"as stand in parentheses, with 95\,\% intervals within this run. Others: medians, in "
+        r"brackets the 10\,\% and 90\,\% quantiles of the rows (no confidence interval). Early, middle and "
+        r"late are thirds of the updates before the end."
     )
     if found.left_out is not None:
         first, last, rows = found.left_out

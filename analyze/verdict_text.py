@@ -94,6 +94,11 @@ def cells(part: Part) -> tuple[Cell, ...]:
 
 def notes(found: Verdict) -> Iterator[str]:
     """What has to be known to read the rows."""
+    for way in found.ways:
+        yield (
+            f"{way.stream}: ‖w - w*‖ {number(way.first_dist)} at t = {way.first}, "
+            f"{number(way.last_dist)} at t = {way.last}"
+        )
     if found.left_out is not None:
         first, last, rows = found.left_out
         yield (
@@ -175,7 +180,7 @@ def _text(found: Verdict) -> str:
     lines += (
         aligned([[_joined(cell) for cell in row] for row in rows], left=2)
         if found.streams
-        else ["no gradients or updates: see norm_dist in the table"]
+        else ["no gradients or updates"]
     )
     lines += map(_lines, notes(found))
     return "\n".join(lines)

@@ -63,8 +63,8 @@ def compute(
     RUN is a folder that `capture train --out` or a Recorder wrote. The table has one row per run,
     stream, step, batch, group of tensors and reference. Every byte that leads to a number is
     verified when it is first read; what was summed from it is kept, so that the next question
-    about the same gradients and references reads none of them again. Means, and references on
-    object stores, are kept in the folder for temporary files (TMPDIR) meanwhile.
+    about the same gradients and references reads none of them again. A reference mean:K, and
+    references on object stores, lie in the folder for temporary files (TMPDIR) meanwhile.
     """
     from analyze.references import files_of
     from analyze.repeats import without_repeats
@@ -248,11 +248,12 @@ def pca(run: str, components: int, grouping: Grouping, out: str | None, running:
 def coverage(
     run: str, streams: tuple[str, ...], grouping: Grouping, out: str | None, running: Running
 ) -> None:
-    """Count the coordinates that never received a gradient.
+    """Count the coordinates that received no gradient in any saved row.
 
-    In each stream, those that are 0 in every saved row: words that never occur, units that never
-    fire, tensors that nothing reads. Of the weights, those that never moved. Steps that were not
-    saved are not seen. Every byte that leads to a number is verified.
+    Those that are 0 in every saved row of a stream: words that never occur, units that never fire,
+    tensors that nothing reads. Of the weights, those that never moved, though weight decay moves
+    them without a gradient. Steps that were not saved are not seen. Every byte that leads to a
+    number is verified.
     """
     from analyze.coverage_table import coverage_summary, measure_coverage_table
     from analyze.plans import told

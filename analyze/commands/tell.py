@@ -47,14 +47,14 @@ from analyze.commands.options import (
     metavar="P",
     type=float,
     default=0.95,
-    help="Probability with which an interval holds what it is of. Default: 0.95.",
+    help="Level of the confidence intervals. Default: 0.95.",
 )
 @click.option(
     "--seed",
     metavar="N",
     type=int,
     default=0,
-    help="Of the random draws for intervals within a single run, the bootstrap. Default: 0.",
+    help="Seed of the bootstrap, which gives the intervals within a single run. Default: 0.",
 )
 @click.option(
     "--interpolates-below",
@@ -149,8 +149,9 @@ def report(
 ) -> None:
     """Make one HTML page of figures and exact values.
 
-    The page needs no network. A TABLE is what `analyze compute`, `pairs`, `pca` or `compare` wrote
-    as Parquet; a RUN is measured against final.
+    The page needs no network. A TABLE is what `analyze compute`, `pairs` (or its --noise), `pca`,
+    `coverage` or `compare` wrote as Parquet; a RUN is measured against final. Coverage is counts
+    alone, and has no figure.
     """
     from analyze.plans import plan_inputs
     from analyze.report import write_report
@@ -181,10 +182,10 @@ def report(
 def export(inputs: tuple[str, ...], out: str | None, running: Running) -> None:
     """Write a table for other programs and for papers.
 
-    A TABLE is what `analyze compute` wrote, or what `pairs`, `pca` or `compare` wrote as Parquet; a
-    RUN is measured against final, as a whole and by layer. CSV has every float in full, an empty
-    field where it is NaN, and no units. NetCDF and Zarr have a group for each stream; LaTeX has the
-    numbers of the verdict, of groups of tensors too.
+    A TABLE is what `analyze compute`, `pairs` (or its --noise), `pca`, `coverage` or `compare`
+    wrote as Parquet; a RUN is measured against final, as a whole and by layer. CSV has every float
+    in full, an empty field where it is NaN, and no units. NetCDF and Zarr have a group for each
+    stream; LaTeX has the numbers of the verdict, of groups of tensors too.
     """
     from analyze.export import export_inputs
     from analyze.plans import plan_inputs

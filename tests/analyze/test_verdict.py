@@ -171,7 +171,7 @@ def test_a_run_of_weights_alone_has_no_verdict(tmp_path: Path) -> None:
     weights = np.arange(75).reshape(3, 25).astype("f4")
     path = write_run(tmp_path / "run.zarr", {"weights": weights})
     text = verdict(measure_run(str(path))["model"])
-    assert "no gradients or updates: see norm_dist in the table" in text
+    assert "no gradients or updates" in text
     assert "γ" not in text
 
 

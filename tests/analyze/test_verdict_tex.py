@@ -12,6 +12,7 @@ import pytest
 from analyze.export import export_table
 from analyze.latex import code, decimal, escape, math
 from analyze.tables import concatenate, measure_run
+from analyze.uncertainty import Interval, negative_interval, path_interval
 from analyze.verdict import summarise
 from analyze.verdict_tex import verdict_tex
 from analyze.verdict_text import verdict
@@ -70,9 +71,11 @@ def test_the_latex_table_has_the_numbers_of_the_definition() -> None:
         for place, (part, first, last) in enumerate(parts):
             own = data[(data.stream == stream) & (data.step >= first) & (data.step < last)]
             cosine = own.cosine if stream == "minibatch" else -own.cosine_update
-            low, high = np.quantile(cosine, [0.1, 0.9])
-            shown = [rf"\texttt{stream}" if place == 0 else "", part, str(len(own))]
-            shown.append(f"{cosine.median():.3g} [{low:.3g}, {high:.3g}]")
+            values = cosine.to_numpy()[:, None]
+            mean, below = path_interval(values, 0.95), negative_interval(values, 0.95)
+            count = f"{len(own)} ({mean.effective:.0f})"
+            shown = [rf"\texttt{stream}" if place == 0 else "", part, count]
+            shown.append(f"{cosine.mean():.3g}{told(mean.interval)}")
             null, ratios = own.cosine_null, (own.cosine / own.cosine_null, own.lolr / own.lolr_null)
             if stream == "updates":
                 null = -own.cosine_update_null
@@ -81,24 +84,30 @@ def test_the_latex_table_has_the_numbers_of_the_definition() -> None:
             for ratio in ratios:
                 low, high = np.quantile(ratio, [0.1, 0.9])
                 shown.append(f"{ratio.median():.3g} [{low:.3g}, {high:.3g}]")
-            wanted.append([*shown, f"{100 * (cosine < 0).mean():.3g}"])
+            share = f"{100 * (cosine < 0).mean():.3g}"
+            wanted.append([*shown, f"{share}{told(below.interval, 100)}"])
     assert [[bare(cell) for cell in row] for row in rows] == wanted
+
+
+def told(interval: Interval, unit: float = 1) -> str:
+    low, high = unit * interval.low, unit * interval.high
+    return f" [{low:.3g}, {high:.3g}]" if np.isfinite([low, high]).all() else ""
 
 
 def test_latex_and_terminal_tell_the_same(table: pa.Table) -> None:
     lines = [line.split() for line in verdict(table).splitlines()]
-    told = [
+    shown = [
         (cells[1], cells[2])
         for cells in lines
         if len(cells) > 3 and cells[1] in ("early", "middle", "late", "after")
     ]
     rows = of_parts(verdict_tex(table))
-    assert [(row[1], bare(row[2])) for row in rows] == told
+    assert [(row[1], bare(row[2])) for row in rows] == shown
     found = summarise(table)
     assert len(found) == 3
-    medians = [part.cosine.median for each in found for part in each.parts]
+    means = [part.mean.interval.value for each in found for part in each.parts]
     written = [bare(row[3]).split(" ")[0] for row in rows]
-    assert written == [f"{value:.3g}" if np.isfinite(value) else "–" for value in medians]
+    assert written == [f"{value:.3g}" if np.isfinite(value) else "–" for value in means]
     assert sum(len(each.parts) for each in found) == len(rows)
 
 
