@@ -39,6 +39,7 @@ from capture.store.place import (
     write_durably,
 )
 from capture.store.plain import build, parse
+from capture.store.target import require_outside_runs
 from capture.store.tensors import Tensor
 
 logger = logging.getLogger("analyze")
@@ -156,6 +157,7 @@ def cache_of(run: Run, where: Where = True) -> MomentsCache | None:
     """Open the kept moments of a run: beside it, below a folder, or nowhere (`False`).
 
     Below a folder that was named, each run has its own, told apart by the address of the run.
+    `UsageError` for a folder inside a run.
     """
     if where is False:
         return None
@@ -164,7 +166,10 @@ def cache_of(run: Run, where: Where = True) -> MomentsCache | None:
     if where is True:
         return MomentsCache(run, place_of(address.removesuffix(".zarr") + SUFFIX))
     mark = sha256(address.encode()).hexdigest()[:8]
-    return MomentsCache(run, place_of(where) / f"{name}-{mark}")
+    kept = place_of(where) / f"{name}-{mark}"
+    if isinstance(kept, Path):
+        require_outside_runs(kept)
+    return MomentsCache(run, kept)
 
 
 def _encode(arrays: Mapping[str, NDArray[Any]], facts: dict[str, str]) -> bytes:

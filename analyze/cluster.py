@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
@@ -76,10 +78,12 @@ def _silent_dask() -> Iterator[None]:
 
 @contextmanager
 def _connected(cluster: Cluster) -> Iterator[Any]:
-    address = cluster.address
+    address, security = cluster.address, _security(cluster)
     try:
         options = {"timeout": _CONNECT_SECONDS, "set_as_default": False}
-        client = _distributed.Client(address, security=_security(cluster), **options)
+        client = _in_time(
+            lambda: _distributed.Client(address, security=security, **options), 2 * _CONNECT_SECONDS
+        )
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         secure = address.startswith("tls://")
         raise InputError(
@@ -91,6 +95,29 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
         ) from error
     with client:
         yield client
+
+
+def _in_time(call: Callable[[], Any], seconds: float) -> Any:
+    """Call, and raise `TimeoutError` where it takes longer: Dask waits for ever for a greeting.
+
+    The thread that waits goes on until the process ends.
+    """
+    answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put((call(), None))
+        except Exception as error:  # raised where it is waited for
+            answers.put((None, error))
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        found, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return found
 
 
 def _security(cluster: Cluster) -> Any:

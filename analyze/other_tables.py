@@ -72,7 +72,7 @@ def _kind(text: str) -> str | None:
         return None
     try:
         with os.fdopen(open_regular(path, "table"), "rb") as file:
-            return kind_of(pq.read_schema(file))
+            return kind_of(pq.read_schema(pa.BufferReader(file.read())))
     except (OSError, pa.ArrowException, InputError, UnicodeDecodeError):
         return None
 

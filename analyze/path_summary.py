@@ -60,7 +60,10 @@ def _left_out(rows: pa.Table, name: str) -> list[str]:
     bad = np.unique(rows["step"].to_numpy()[np.isnan(rows["coordinate"].to_numpy())])
     if not len(bad):
         return []
-    return [f"{name}: {len(bad)} rows are not finite, the first at t = {bad[0]}, and left out"]
+    return [
+        f"{name}: {len(bad)} rows have no finite distance to another, the first at t = {bad[0]}, "
+        "and are left out"
+    ]
 
 
 def _length(rows: pa.Table, name: str) -> str:

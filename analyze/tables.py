@@ -261,7 +261,9 @@ def read_parquet(path: str | PathLike[str]) -> pa.Table:
     """Read a Parquet file with whatever is in it; `InputError` where there is none."""
     with os.fdopen(open_regular(path, "table"), "rb") as file:
         try:
-            return pq.read_table(file)
+            # Not the file itself: a thread of Arrow's that still waits for Python when the process
+            # ends would abort it.
+            return pq.read_table(pa.BufferReader(file.read()))
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"no table can be read ({reason})", where=path, fix=_AGAIN) from error

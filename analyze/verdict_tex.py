@@ -131,8 +131,8 @@ def _caption(found: Verdict) -> Iterator[str]:
     yield (
         r"$\gamma$ and $\gamma < 0$: means over $n$ rows, which are worth as many independent ones "
         r"as stand in parentheses, with 95\,\% intervals within this run. Others: medians, in "
-        r"brackets the 10\,\% and 90\,\% quantiles of the rows (no confidence interval). Early, middle and "
-        r"late are thirds of the updates before the end."
+        r"brackets the 10\,\% and 90\,\% quantiles of the rows (no confidence interval). Early, "
+        r"middle and late are thirds of the updates before the end."
     )
     if found.left_out is not None:
         first, last, rows = found.left_out

@@ -83,6 +83,11 @@ def _check_folder(target: Path) -> None:
         raise UsageError("there is no such folder", where=folder, fix="create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError("no permission to write", where=folder, fix="choose another place")
+    require_outside_runs(target)
+
+
+def require_outside_runs(target: Path) -> None:
+    """Raise `UsageError` for a place inside a run."""
     resolved = target.resolve()
     for ancestor in resolved.parents:
         if _is_run(ancestor):

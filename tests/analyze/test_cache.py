@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from analyze import cache, compute
 from analyze.tables import measure_run
-from capture.store import MappedShard, open_run
+from capture.store import MappedShard, UsageError, open_run
 from tests.analyze.recorded import random_run
 from tests.analyze.small_runs import flip
 
@@ -203,6 +203,14 @@ def test_where_nothing_can_be_kept_the_numbers_come_all_the_same(
     assert blocked.read_text() == "no folder"
     assert "the moments are not kept" in caplog.text
     assert caplog.text.count("--no-cache") == 1
+
+
+def test_a_folder_inside_a_run_is_refused(run: Path) -> None:
+    before = sorted(run.rglob("*"))
+    for where in (run, run / "weights"):
+        with pytest.raises(UsageError, match="inside a run, where nothing else may be written"):
+            measure_run(str(run), cache=where)
+    assert sorted(run.rglob("*")) == before
 
 
 def test_nothing_half_written_stays_where_the_measurement_fails(

@@ -1,12 +1,14 @@
 """A real dask.distributed cluster in trouble: certificates, lost workers, other versions."""
 
 import datetime
+import http.server
 import ipaddress
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -226,6 +228,18 @@ def test_what_is_no_address_is_refused_at_once(run: Path, address: str) -> None:
     for scheduler in (address, Cluster(address)):
         with pytest.raises(UsageError, match="is no scheduler; use threads, or an address like"):
             measure(run, scheduler=scheduler)
+
+
+def test_another_kind_of_server_is_no_scheduler(run: Path, monkeypatch: Any) -> None:
+    """A web server, to whose greeting Dask would listen for ever."""
+    monkeypatch.setattr(module, "_CONNECT_SECONDS", 1)
+    handler = http.server.SimpleHTTPRequestHandler
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"tcp://127.0.0.1:{server.server_port}"
+        with pytest.raises(InputError, match="no Dask scheduler answers"):
+            compute_moments(run, ["minibatch"], [parse_reference("final")], scheduler=address)
+        server.shutdown()
 
 
 def test_a_scheduler_that_goes_away_is_one_line(run: Path, tmp_path: Path) -> None:

@@ -131,3 +131,48 @@ def test_signals_at_random_moments(folder: Path, signum: signal.Signals) -> None
             assert made(folder) == ["t.parquet"]
         if process.returncode == code:
             assert (made(folder), said) == ([], f"error: {word}\n")
+
+
+# `analyze compute` in whose reading a signal comes: `how` says what becomes of what it raises.
+CAUGHT = """
+import os, sys, weakref
+import analyze.references as module
+from analyze import cli
+how, signum = sys.argv.pop(1), int(sys.argv.pop(1))
+real = module.parse_reference
+class Thing: pass
+def parse(text):
+    if how == "becomes another error":
+        try:
+            os.kill(os.getpid(), signum)
+        except BaseException as error:
+            raise ValueError("something of a library's") from error
+    thing = Thing()
+    kept = weakref.ref(thing, lambda _: os.kill(os.getpid(), signum))
+    del thing
+    for _ in range(1000):
+        pass
+    return real(text)
+import analyze.tables
+analyze.tables.parse_reference = parse
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("signum", WORDS)
+@pytest.mark.parametrize("how", ["becomes another error", "is dropped in a callback"])
+def test_a_signal_that_a_library_takes_for_its_own_ends_the_command_all_the_same(
+    folder: Path, signum: signal.Signals, how: str
+) -> None:
+    before = sorted(folder.rglob("*"))
+    question = ["compute", "run.zarr", "--no-cache", "--out", "t.parquet"]
+    done = subprocess.run(
+        [sys.executable, "-c", CAUGHT, how, str(int(signum)), *question],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    code, word = WORDS[signum]
+    assert (done.returncode, done.stderr) == (code, f"error: {word}\n")
+    assert sorted(folder.rglob("*")) == before
