@@ -62,6 +62,12 @@ def with_config(
             fix="give config alone",
         )
     for name, value in config.items():
+        if not isinstance(name, str):
+            raise UsageError(
+                "the names of settings must be text",
+                where=f"config[{name!r}]",
+                fix="rename it",
+            )
         require_json(f"config[{name!r}]", value)
     return {**attributes, "config": dict(config)}
 

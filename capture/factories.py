@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any
@@ -23,6 +24,10 @@ _NOT_THE_USERS = (
 )
 
 Factory = Callable[..., Any]
+
+
+# The module of a user that is being imported for its task or model.
+_importing: ContextVar[str | None] = ContextVar("importing", default=None)
 
 
 def find_factory(kind: str, name: str, known: Mapping[str, str]) -> Factory:
@@ -41,12 +46,27 @@ def find_factory(kind: str, name: str, known: Mapping[str, str]) -> Factory:
     if name not in known and "" not in sys.path:
         sys.path.insert(0, "")
     hint = "install it, or start in the folder where the module lies"
-    with user_code(f"cannot import the {kind} {name!r}", hint):
-        found = importlib.import_module(module)
+    token = _importing.set(module)
+    try:
+        with user_code(f"cannot import the {kind} {name!r}", hint):
+            found = importlib.import_module(module)
+    finally:
+        _importing.reset(token)
     factory = getattr(found, attribute, None)
     if not callable(factory):
         raise UsageError(f"the module {module} has no function {attribute!r} for the {kind}")
     return factory  # type: ignore[no-any-return]
+
+
+def require_not_importing() -> None:
+    """Raise `UsageError` where a module that gives a task or model records while it is imported."""
+    module = _importing.get()
+    if module is not None:
+        raise UsageError(
+            f"importing the module {module} starts a training of its own",
+            where=sys.modules[module].__file__ if module in sys.modules else module,
+            fix='put its loop under if __name__ == "__main__":',
+        )
 
 
 def call_factory(factory: Factory, kind: str, name: str, arguments: Mapping[str, Any]) -> Any:

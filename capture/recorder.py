@@ -33,6 +33,7 @@ from capture.arguments import (
 from capture.average import with_averages
 from capture.clipping import GradientWatch
 from capture.describe import describe
+from capture.factories import require_not_importing
 from capture.hooks import StepHooks
 from capture.interruption import Interrupted
 from capture.opening import RunPlan, finished_step
@@ -143,6 +144,7 @@ class Recorder:
         self._update = Update(0, None, math.nan)
         self._skipped = False
 
+        require_not_importing()
         is_writing_rank = require_rank(resume)
         require_whole("total_steps", total_steps, 0, optional=True)
         require_whole("steps_per_epoch", steps_per_epoch, 1, optional=True)

@@ -87,6 +87,26 @@ def test_the_settings_may_say_which_task_it_is() -> None:
     assert open_run(path).attributes["probes"]["full"]["batch_size"] == 24
 
 
+def test_a_module_that_trains_while_it_is_imported_is_refused(folder: Path) -> None:
+    path = record("run.zarr", config=SETTINGS)
+    loop = """
+import torch
+from capture import Recorder
+from mine import task, model
+net = model()
+with Recorder("another.zarr", net, torch.optim.SGD(net.parameters(), lr=0.1)):
+    pass
+"""
+    (folder / "looping.py").write_text(loop)
+    done = probe(path, "--task", "looping:task", "--model", "looping:model")
+    assert done.exit_code == 2
+    assert done.output.startswith("error: importing the module looping starts a training")
+    assert 'looping.py; put its loop under if __name__ == "__main__":\n' in done.output
+    assert not Path("another.zarr").exists()
+    # A loop of one's own may record in the same process afterwards.
+    record("third.zarr")
+
+
 def test_the_module_of_the_docstring_trains() -> None:
     command = "train --task mine:task --model mine:model --max-steps 3 --out a.zarr"
     done = CliRunner().invoke(main, command.split())
@@ -134,6 +154,7 @@ def test_runs_are_grouped_by_their_settings(folder: Path) -> None:
         ({"config": argparse.Namespace(lr=1)}, "config is a Namespace"),
         ({"config": {"out": Path("a")}}, r"not JSON \(.*\): config\['out'\]"),
         ({"config": {"lr": math.nan}}, r"not JSON \(.*\): config\['lr'\]"),
+        ({"config": {1: 2, None: 3}}, r"names of settings must be text: config\[1\]"),
         ({"config": {}, "attributes": {"config": {}}}, "the settings are given twice"),
         ({"attributes": {"clipping": {}}}, r"sets by itself: attributes\['clipping'\]"),
     ],
