@@ -187,7 +187,11 @@ def _reading(comparison: Comparison) -> str:
     rows = [row for block in comparison.blocks for row in block.rows]
     level = f"{100 * comparison.level:g} %"
     groups = [row for row in rows if row["against"] is None]
-    notes = [SIGN, "Numbers are means over n runs of each run's mean over its rows of the part."]
+    notes = [
+        SIGN,
+        "Numbers are means over n runs of each run's mean over its rows of the part (of γ/γ⁰ and "
+        "η*/a_t, `analyze compute` prints medians).",
+    ]
     if not all(block.range.closed for block in comparison.blocks):
         share = f"{100 * END_SHARE:g} %"
         notes.append(f"Left out: the last {share} before w*; there γ tends to γ⁰ anyway.")
