@@ -81,6 +81,7 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
     address, security = cluster.address, _security(cluster)
     try:
         options = {"timeout": _CONNECT_SECONDS, "set_as_default": False}
+        # Dask's own limit comes first where it holds.
         client = _in_time(
             lambda: _distributed.Client(address, security=security, **options), 2 * _CONNECT_SECONDS
         )

@@ -45,16 +45,15 @@ class Part:
     """One stream in one part of the way.
 
     `name` is one of `PARTS`, or "before" where a branch that ends in w* had not left the run yet,
-    or "after" for what follows w_N. `n` counts the rows whose cosine is defined, and all the rest
-    is over these: the cosine γ that is positive towards w*, the median of its null γ⁰, γ/γ⁰,
-    η*/a_t, and the fraction of γ < 0.
-    `mean` and `below` are the mean cosine and that fraction with their intervals within the run.
+    or "after" for what follows w_N. `n` counts the rows whose cosine γ, positive towards w*,
+    is defined, and all the rest is over these: the median of its null γ⁰, γ/γ⁰ and η*/a_t with
+    their quantiles, the fraction of γ < 0, and in `mean` and `below` the mean γ and that fraction
+    with their intervals within the run.
     """
 
     stream: str
     name: str
     n: int
-    cosine: Band
     null: float
     ratio: Band
     rate_ratio: Band
@@ -214,7 +213,6 @@ def _parts(rows: pa.Table, stream: str, reference: str, final: int, start: int) 
             stream=stream,
             name=name,
             n=int(here.sum()),
-            cosine=band_of(cosine[here]),
             null=band_of(numbers["null"][here]).median,
             ratio=band_of(numbers["ratio"][here]),
             rate_ratio=band_of(numbers["rate_ratio"][here]),

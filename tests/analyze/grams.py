@@ -1,11 +1,15 @@
 """A small run for the tests of `analyze.gram`, and its products by dense float64 numpy."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from analyze.gram import Gram
+from capture.store import layout
 from tests.analyze.small_runs import random_streams
 
 Values = NDArray[Any]
@@ -53,3 +57,11 @@ def same_bytes(left: Gram, right: Gram) -> bool:
     return all(
         left.sums[name].tobytes() == right.sums[name].tobytes() for name in left.sums
     ) and len({values.tobytes() for values in crossed}) in (0, 1)
+
+
+@contextmanager
+def small_chunks() -> Iterator[None]:
+    """Cut small runs into several inner chunks, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "TARGET_CHUNK_BYTES", CHUNK_BYTES)
+        yield

@@ -14,20 +14,26 @@ from hypothesis import strategies as st
 from analyze import chain, pair_blocks, row_bytes
 from analyze.gram import compute_gram, regroup
 from capture.store import layout
-from tests.analyze.grams import CHUNK_BYTES, CLOSE, GROUPS, SIZES, STREAMS, dense, same_bytes
+from tests.analyze.grams import (
+    CLOSE,
+    GROUPS,
+    SIZES,
+    STREAMS,
+    dense,
+    same_bytes,
+    small_chunks,
+)
 from tests.analyze.small_runs import random_streams, write_run
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_chunks() -> Iterator[None]:
-    """Cut small runs into several inner chunks, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "TARGET_CHUNK_BYTES", CHUNK_BYTES)
+def cut_small() -> Iterator[None]:
+    with small_chunks():
         yield
 
 
 @pytest.fixture(scope="module")
-def run(small_chunks: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(cut_small: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("gram") / "run.zarr", SIZES, STREAMS)
 
 

@@ -9,21 +9,19 @@ import numpy as np
 import pytest
 
 from analyze.gram import compute_gram
-from capture.store import DamagedError, UnknownNameError, UsageError, layout
-from tests.analyze.grams import CHUNK_BYTES, CLOSE, GROUPS, SIZES, STREAMS
+from capture.store import DamagedError, UnknownNameError, UsageError
+from tests.analyze.grams import CLOSE, GROUPS, SIZES, STREAMS, small_chunks
 from tests.analyze.small_runs import flip, random_streams, write_run
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_chunks() -> Iterator[None]:
-    """Cut small runs into several inner chunks, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "TARGET_CHUNK_BYTES", CHUNK_BYTES)
+def cut_small() -> Iterator[None]:
+    with small_chunks():
         yield
 
 
 @pytest.fixture(scope="module")
-def run(small_chunks: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(cut_small: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("gram") / "run.zarr", SIZES, STREAMS)
 
 
